@@ -1,0 +1,143 @@
+import pytest
+import torch
+from golden import load_golden
+from torch.nn.functional import conv1d, silu, softplus
+
+from mambamia_hf import ssd
+from mambamia_hf.ssd import causal_conv1d_silu, ssd_chunk_scan
+
+
+def scan_inputs(batch=2, length=37, heads=4, head_dim=8, groups=2, state=6, dtype=torch.float64, grad=False):
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    inputs = {
+        "x": draw(batch, length, heads, head_dim),
+        "dt": draw(batch, length, heads),
+        "A": (-torch.linspace(0.5, 8, heads, dtype=dtype)).requires_grad_(grad),
+        "B": draw(batch, length, groups, state),
+        "C": draw(batch, length, groups, state),
+        "D": draw(heads),
+        "dt_bias": draw(heads),
+        "initial_states": draw(batch, heads, head_dim, state),
+    }
+    return inputs
+
+
+def recurrence(
+    x, dt, A, B, C, D=None, dt_bias=None, initial_states=None, dt_softplus=False, dt_limit=(0.0, float("inf"))
+):
+    """The scan as it is defined, one token after the other."""
+    batch, length, heads, head_dim = x.shape
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    B, C = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (B, C))
+    state = x.new_zeros(batch, heads, head_dim, B.shape[-1]) if initial_states is None else initial_states
+    y = []
+    for t in range(length):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        state = state * decay + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        y.append((state * C[:, t, :, None]).sum(-1))
+    y = torch.stack(y, dim=1)
+    return (y if D is None else y + x * D.reshape(heads, -1)), state
+
+
+@pytest.mark.parametrize("name", ["scan_aligned", "scan_ragged"])
+def test_golden_scan(name):
+    tensors, _ = load_golden(name)
+    y, final_state = ssd_chunk_scan(
+        *(tensors[key] for key in ("x", "dt", "A", "B", "C")),
+        chunk_size=64,
+        D=tensors["D"],
+        dt_bias=tensors["dt_bias"],
+        initial_states=tensors.get("initial_state"),
+        dt_softplus=True,
+        return_final_states=True,
+    )
+    torch.testing.assert_close(y, tensors["y"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(final_state, tensors["final_state"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 37, 64])
+@pytest.mark.parametrize("block_elements", [1, 2**19])
+def test_equals_recurrence(length, block_elements, monkeypatch):
+    monkeypatch.setitem(ssd._BLOCK_ELEMENTS, "cpu", block_elements)
+    inputs = scan_inputs(length=length)
+    y, state = ssd_chunk_scan(**inputs, chunk_size=8, dt_softplus=True, return_final_states=True)
+    expected_y, expected_state = recurrence(**inputs, dt_softplus=True)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("left_out", ["D", "dt_bias", "initial_states"])
+def test_optional_inputs(left_out):
+    inputs = {**scan_inputs(), left_out: None}
+    y = ssd_chunk_scan(**inputs, chunk_size=16, dt_softplus=True)
+    torch.testing.assert_close(y, recurrence(**inputs, dt_softplus=True)[0])
+
+
+def test_step_size_limit_and_no_softplus():
+    inputs = scan_inputs()
+    y = ssd_chunk_scan(**inputs, chunk_size=16, dt_limit=(0.1, 0.4))
+    torch.testing.assert_close(y, recurrence(**inputs, dt_limit=(0.1, 0.4))[0])
+
+
+def test_skip_of_every_channel():
+    inputs = {**scan_inputs(), "D": torch.arange(32, dtype=torch.float64).reshape(4, 8)}
+    torch.testing.assert_close(
+        ssd_chunk_scan(**inputs, chunk_size=16, dt_softplus=True), recurrence(**inputs, dt_softplus=True)[0]
+    )
+
+
+@pytest.mark.parametrize("block_elements", [1, 2**19])
+def test_gradcheck(block_elements, monkeypatch):
+    monkeypatch.setitem(ssd._BLOCK_ELEMENTS, "cpu", block_elements)
+    inputs = scan_inputs(batch=1, length=7, heads=2, head_dim=2, groups=1, state=3, grad=True)
+
+    def scan(*tensors):
+        return ssd_chunk_scan(
+            **dict(zip(inputs, tensors, strict=True)), chunk_size=3, dt_softplus=True, return_final_states=True
+        )
+
+    assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
+
+
+def test_gradient_equals_recurrence():
+    ours, theirs = scan_inputs(grad=True), scan_inputs(grad=True)
+    ssd_chunk_scan(**ours, chunk_size=8, dt_softplus=True).square().sum().backward()
+    recurrence(**theirs, dt_softplus=True)[0].square().sum().backward()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.grad, theirs[name].grad, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_half_precision_keeps_float32_inside():
+    inputs = scan_inputs(dtype=torch.float32)
+    half = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    y, state = ssd_chunk_scan(**half, chunk_size=16, dt_softplus=True, return_final_states=True)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    expected, _ = recurrence(**{name: tensor.double() for name, tensor in half.items()}, dt_softplus=True)
+    torch.testing.assert_close(y.double(), expected, atol=2e-2, rtol=1e-2)  # one rounding of the output to 8 bits
+
+
+def test_decay_that_underflows_is_finite():
+    inputs = scan_inputs(dtype=torch.float32, grad=True)
+    y = ssd_chunk_scan(**{**inputs, "dt": inputs["dt"] + 1e4}, chunk_size=16, dt_softplus=True)
+    y.sum().backward()
+    assert torch.isfinite(y).all() and all(torch.isfinite(tensor.grad).all() for tensor in inputs.values())
+
+
+def test_wrong_shapes_are_named():
+    inputs = scan_inputs()
+    with pytest.raises(ValueError, match="dt"):
+        ssd_chunk_scan(**{**inputs, "dt": inputs["dt"][:, 1:]}, chunk_size=8)
+    with pytest.raises(ValueError, match="groups"):
+        ssd_chunk_scan(**{**inputs, "B": inputs["B"][:, :, :1].repeat(1, 1, 3, 1)}, chunk_size=8)
+
+
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_convolution(length):
+    x, weight, bias = torch.randn(2, length, 5), torch.randn(5, 4), torch.randn(5)
+    expected = conv1d(x.mT, weight.unsqueeze(1), bias, padding=3, groups=5)[..., :length].mT
+    torch.testing.assert_close(causal_conv1d_silu(x, weight, bias), silu(expected))
