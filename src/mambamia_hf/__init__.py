@@ -1,0 +1,2 @@
+from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
+from .modeling_compressor import MambaMiaCompressor, MambaMiaCompressorOutput, select_frames

@@ -2,7 +2,8 @@
 
 One signature, two engines, chosen by the device of the tensors at every call: CUDA tensors go to the official
 kernels where they can be imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub), everything else to
-PyTorch. Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q chunk length.
+PyTorch. Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of
+a chunk.
 """
 
 import torch
@@ -132,7 +133,7 @@ def _torch_chunk_scan(
     return (y, final_states) if return_final_states else y
 
 
-# On a GPU: the Hub's kernels where the model was loaded with `use_kernels=True`, else the installed packages, else PyTorch.
+# On a GPU: the Hub's kernels if the model was loaded with `use_kernels=True`, else installed packages, else PyTorch.
 @use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_combined", "mamba_ssm")
 def _kernel_chunk_scan(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
     return _torch_chunk_scan(*args, **kwargs)
@@ -171,7 +172,7 @@ def _scan_block(
         x, B, C = (nn.functional.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
         dt = nn.functional.pad(dt, (0, 0, 0, padding))
     x, dt, B, C = (tensor.unflatten(1, (-1, chunk_size)) for tensor in (x, dt, B, C))  # b l ... -> b c q ...
-    chunks, groups, heads, head_dim = x.shape[1], B.shape[3], x.shape[3], x.shape[4]
+    chunks, groups, head_dim = x.shape[1], B.shape[3], x.shape[4]
 
     # b c q h, from the start of the chunk to each token, inclusive. Only differences of it count, and float32 rounds a
     # long sum by more than a float32 result should suffer: what rounding cut off goes in as a factor on x and on y.
@@ -189,7 +190,7 @@ def _scan_block(
     weights = (weights * scores.unsqueeze(3)).flatten(2, 3)
     y = weights @ x.transpose(2, 3)  # b c h q p
 
-    # 2. What a chunk adds to the state, as one product for all heads of a group: B^T (decay to the end of the chunk · Δx).
+    # 2. What a chunk adds to the state, as one product for all heads of a group: B^T (decay to the chunk's end · Δx).
     to_end = (log_decay[:, :, -1:] - log_decay + cut_off[:, :, -1:]).exp()
     x = (x * to_end.unsqueeze(-1)).unflatten(3, (groups, -1)).transpose(2, 3).flatten(4)  # b c g q (h/g p)
     added = B.mT @ x  # b c g n (h/g p)
@@ -220,7 +221,7 @@ def _block_length(x: Tensor, chunk_size: int) -> int:
 
 
 class _BlockwiseScan(torch.autograd.Function):
-    """The scan, block after block; keeps the states at the boundaries and recomputes a block when its gradient is due."""
+    """The scan, block after block; keeps the states between blocks and recomputes a block when its gradient is due."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, states, chunk_size, dt_softplus, dt_limit):

@@ -1,0 +1,257 @@
+"""Configurations of MambaMia: the compressor alone, and vision tower + compressor + language model."""
+
+from operator import floordiv
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+def num_kept_frames(num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None) -> int:
+    """How many of `num_frames` frames an exact budget keeps; all of them without a budget.
+
+    Args:
+        num_frames: frames of the video.
+        keep_frames: a number of frames, at least 1; a video that has fewer keeps them all.
+        keep_ratio: a share of the frames, in (0, 1]; at least one frame is kept.
+
+    Raises:
+        ValueError: if both are given, or one is out of range.
+    """
+    if keep_frames is not None and keep_ratio is not None:
+        raise ValueError(f"Set keep_frames or keep_ratio, not both (got {keep_frames} and {keep_ratio}).")
+    if keep_frames is not None:
+        if isinstance(keep_frames, bool) or keep_frames != int(keep_frames) or keep_frames < 1:
+            raise ValueError(f"keep_frames must be a whole number of at least 1, not {keep_frames}.")
+        return min(int(keep_frames), num_frames)
+    if keep_ratio is not None:
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must lie above 0 and at most at 1, not {keep_ratio}.")
+        return max(1, round(keep_ratio * num_frames))
+    return num_frames
+
+
+@strict
+class MambaMiaCompressorConfig(PreTrainedConfig):
+    r"""Configuration of [`MambaMiaCompressor`]; the defaults are the full-size compressor of the paper.
+
+    Args:
+        input_size (`int`, defaults to 1152): width of the vision tower's patch features.
+        output_size (`int`, defaults to 3584): width of the language model's embeddings.
+        hidden_size (`int`, defaults to 3072): width of the compressor.
+        num_hidden_layers (`int`, defaults to 3): blocks of stage 1, over the patches and anchors of all frames.
+        num_temporal_layers (`int`, defaults to 1): blocks of stage 2, the Time Axis Aggregator over the frames.
+        expand (`int`, defaults to 2): inner width of a mixer over `hidden_size`.
+        head_dim (`int`, defaults to 64): size of a head; has to divide `expand * hidden_size`.
+        state_size (`int`, defaults to 128): size of a head's state for each of its channels.
+        n_groups (`int`, defaults to 1): groups of heads that share B and C.
+        conv_kernel (`int`, defaults to 4): taps of the causal convolution.
+        chunk_size (`int`, defaults to 256): chunk length of the scan; changes the speed on a GPU, never the result.
+        patches_per_anchor (`int`, defaults to 24): patches in a row, after which one anchor is inserted.
+        bidirectional (`bool`, defaults to `True`): whether stage 1 scans both ways.
+        temporal_bidirectional (`bool`, defaults to `False`): whether stage 2 does. Δ is the forward scan's.
+        gpa_placement (`str`, defaults to `"post_mixer"`): `"post_mixer"` replaces the anchors in the residual stream
+            after each mixer (the paper's equations); `"pre_mixer"` replaces them in the mixer's input only and keeps
+            the gate within [0.01, 0.99] (the released code).
+        gpa_dropout (`float`, defaults to 0.1): dropout on the anchor on its way into the attention and the gate.
+        time_step_limit (`tuple`, defaults to `(0.0, inf)`): range that Δ is clamped to.
+        time_step_min, time_step_max, time_step_floor (`float`): Δ at initialisation is log-uniform in this range.
+        A_init_range (`tuple`, defaults to `(1, 16)`): -A at initialisation is uniform in this range.
+        rms_norm_eps (`float`, defaults to 1e-5): epsilon of every norm.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+
+    Raises:
+        ValueError: for settings that cannot be built, naming the field.
+    """
+
+    model_type = "mambamia_compressor"
+    base_config_key = "compressor_config"
+
+    input_size: int = 1152
+    output_size: int = 3584
+    hidden_size: int = 3072
+    num_hidden_layers: int = 3
+    num_temporal_layers: int = 1
+    expand: int = 2
+    head_dim: int = 64
+    state_size: int = 128
+    n_groups: int = 1
+    conv_kernel: int = 4
+    chunk_size: int = 256
+    patches_per_anchor: int = 24
+    bidirectional: bool = True
+    temporal_bidirectional: bool = False
+    gpa_placement: Literal["post_mixer", "pre_mixer"] = "post_mixer"
+    gpa_dropout: float | int = 0.1
+    time_step_limit: list[float | int] | tuple[float | int, ...] = (0.0, float("inf"))
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    A_init_range: list[float | int] | tuple[float | int, ...] = (1, 16)
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.time_step_limit = tuple(float(bound) for bound in self.time_step_limit)
+        self.A_init_range = tuple(self.A_init_range)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # here too, so that construction raises the ValueError itself
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.expand * self.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.intermediate_size // self.head_dim
+
+    def num_anchors(self, num_patches: int) -> int:
+        """Anchors of a frame of `num_patches` patches: one after each row of `patches_per_anchor`.
+
+        Raises:
+            ValueError: if the patches are not a whole number of rows.
+        """
+        if num_patches % self.patches_per_anchor:
+            raise ValueError(
+                f"A frame of {num_patches} patches is not a whole number of rows of patches_per_anchor="
+                f"{self.patches_per_anchor}; set patches_per_anchor to a divisor of {num_patches}."
+            )
+        return num_patches // self.patches_per_anchor
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: the settings have to fit each other."""
+        super().validate_architecture()
+        for name in (
+            "input_size output_size hidden_size num_hidden_layers expand head_dim state_size n_groups conv_kernel "
+            "chunk_size patches_per_anchor"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.num_temporal_layers < 0:
+            raise ValueError(f"num_temporal_layers must not be negative, not {self.num_temporal_layers}.")
+        if self.intermediate_size % self.head_dim:
+            raise ValueError(
+                f"head_dim={self.head_dim} does not divide expand * hidden_size = {self.intermediate_size}; "
+                f"set head_dim to a divisor of it."
+            )
+        if self.num_heads % self.n_groups:
+            raise ValueError(
+                f"n_groups={self.n_groups} does not divide the {self.num_heads} heads of expand * hidden_size / "
+                f"head_dim; set n_groups to a divisor of it."
+            )
+        low, high = self.time_step_limit
+        if not 0 <= low < high:
+            raise ValueError(f"time_step_limit must be two rising numbers from 0 on, not {self.time_step_limit}.")
+        if not 0 <= self.gpa_dropout < 1:
+            raise ValueError(f"gpa_dropout must lie in [0, 1), not {self.gpa_dropout}.")
+
+
+@strict
+class MambaMiaConfig(PreTrainedConfig):
+    r"""Configuration of [`MambaMiaForConditionalGeneration`]; the defaults are the full-size model of the paper.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`): the vision tower, by default SigLIP2 so400m, 384 px, patch 16.
+        text_config (`PreTrainedConfig` or `dict`): any causal language model, by default Qwen2-7B.
+        compressor_config (`MambaMiaCompressorConfig` or `dict`): the compressor; its `input_size` and `output_size`
+            are taken from the other two.
+        image_token_id (`int`, defaults to 151655): placeholder of an image's tokens in the prompt.
+        video_token_id (`int`, defaults to 151656): placeholder of a video's tokens in the prompt.
+        vision_feature_layer (`int`, defaults to -2): which hidden state of the vision tower is taken.
+        vision_batch_size (`int`, defaults to 16): frames that go through the vision tower at once.
+        delta_threshold (`float`, *optional*, defaults to 0.6): a frame is kept each time the accumulated Δ reaches it
+            (the paper's Algorithm 1), at inference only; `None` keeps every frame.
+        delta_min_frames (`int`, defaults to 180): videos of at most this many frames keep every frame.
+        keep_frames (`int`, *optional*): exact budget in place of the threshold: this many frames are kept.
+        keep_ratio (`float`, *optional*): exact budget in place of the threshold: this share of the frames is kept.
+
+    Raises:
+        ValueError: for settings that cannot be built, naming the field.
+    """
+
+    model_type = "mambamia"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="siglip_vision_model",
+            init_kwargs={
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 16,
+                "vision_use_head": False,
+            },
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="qwen2",
+            init_kwargs={
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            },
+        ),
+        "compressor_config": SubConfigSpec(config_class=MambaMiaCompressorConfig),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    compressor_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_feature_layer: int = -2
+    vision_batch_size: int = 16
+    delta_threshold: float | int | None = 0.6
+    delta_min_frames: int = 180
+    keep_frames: int | None = None
+    keep_ratio: float | int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.compressor_config.input_size = self.vision_config.hidden_size
+        self.compressor_config.output_size = self.text_config.hidden_size
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.validate_architecture()
+
+    @property
+    def num_anchors(self) -> int:
+        """Tokens that the language model gets for one frame."""
+        rows, columns = map(floordiv, _pair(self.vision_config.image_size), _pair(self.vision_config.patch_size))
+        return self.compressor_config.num_anchors(rows * columns)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: the settings have to fit each other."""
+        super().validate_architecture()
+        self.num_anchors  # noqa: B018 - raises where the patches are not a whole number of rows
+        if self.vision_batch_size < 1:
+            raise ValueError(f"vision_batch_size must be at least 1, not {self.vision_batch_size}.")
+        if self.delta_min_frames < 0:
+            raise ValueError(f"delta_min_frames must not be negative, not {self.delta_min_frames}.")
+        if self.delta_threshold is not None and self.delta_threshold < 0:
+            raise ValueError(f"delta_threshold must not be negative, not {self.delta_threshold}.")
+        num_kept_frames(1, self.keep_frames, self.keep_ratio)
+        if self.delta_threshold is not None and (self.keep_frames is not None or self.keep_ratio is not None):
+            raise ValueError(
+                f"delta_threshold={self.delta_threshold} and a budget (keep_frames={self.keep_frames}, "
+                f"keep_ratio={self.keep_ratio}) exclude each other; set delta_threshold=None to use the budget."
+            )
+        if self.delta_threshold is not None and not self.compressor_config.num_temporal_layers:
+            raise ValueError(
+                f"delta_threshold={self.delta_threshold} needs the Δ of a temporal layer, and num_temporal_layers is "
+                f"0; set delta_threshold=None to keep every frame."
+            )
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig", "num_kept_frames"]

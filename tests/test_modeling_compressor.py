@@ -1,0 +1,265 @@
+import pytest
+import torch
+from golden import load_golden
+from torch import nn
+
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, select_frames
+from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation, MambaMiaMixer
+
+
+def tiny_config(**kwargs) -> MambaMiaCompressorConfig:
+    settings = {
+        "input_size": 12,
+        "output_size": 20,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "state_size": 4,
+        "patches_per_anchor": 3,
+        "chunk_size": 16,
+    }
+    return MambaMiaCompressorConfig(**{**settings, **kwargs})
+
+
+def tiny_compressor(**kwargs) -> MambaMiaCompressor:
+    torch.manual_seed(0)
+    return MambaMiaCompressor(tiny_config(**kwargs)).eval()
+
+
+# The released layout in our names. A direction's tensors carry `_b` where they are the backward scan's.
+RELEASED_MIXER = {
+    "in_proj.weight": "in_proj.weight",
+    "out_proj.weight": "out_proj.weight",
+    **{f"conv1d.{kind}": f"forward_ssm.conv1d.{kind}" for kind in ("weight", "bias")},
+    **{f"conv1d_b.{kind}": f"backward_ssm.conv1d.{kind}" for kind in ("weight", "bias")},
+    **{name: f"forward_ssm.{name}" for name in ("dt_bias", "A_log", "D")},
+    **{"dt_bias_b": "backward_ssm.dt_bias", "A_b_log": "backward_ssm.A_log", "D_b": "backward_ssm.D"},
+    **{"norm.weight": "forward_ssm.norm", "norm_b.weight": "backward_ssm.norm"},
+}
+RELEASED_COMPRESSOR = {
+    "query_token": "anchor",
+    "model.norm_f.weight": "norm.weight",
+    **{f"{name}.{kind}": f"{name}.{kind}" for name in ("input_proj", "output_proj") for kind in ("weight", "bias")},
+}
+
+
+def released_compressor_name(name: str) -> str:
+    if not name.startswith("model.layers."):
+        return RELEASED_COMPRESSOR[name]
+    _, _, layer, part, *rest = name.split(".")
+    rest = ".".join(rest)
+    ours = {
+        "norm": f"norm.{rest}",
+        "weight_fc": f"gpa.weight_proj.{rest}",
+        "gate_fc": f"gpa.gate_proj.{rest}",
+        "mixer": f"mixer.{RELEASED_MIXER.get(rest)}",
+    }
+    return f"layers.{layer}.{ours[part]}"
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_golden_mixer(direction):
+    tensors, _ = load_golden(f"mixer_{direction}")
+    config = tiny_config(hidden_size=64, head_dim=32, state_size=16, chunk_size=32)
+    mixer = MambaMiaMixer(config, bidirectional=direction == "bidirectional")
+    hidden_states, expected = tensors.pop("input"), tensors.pop("output")
+    mixer.load_state_dict({RELEASED_MIXER[name]: tensor for name, tensor in tensors.items()})
+    torch.testing.assert_close(mixer(hidden_states)[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def test_golden_compressor(direction):
+    tensors, settings = load_golden(f"compressor_{direction}")
+    features, expected = tensors.pop("input"), tensors.pop("output")
+    compressor = tiny_compressor(
+        input_size=features.shape[-1],
+        output_size=expected.shape[-1],
+        hidden_size=64,
+        num_hidden_layers=int(settings["layers"]),
+        num_temporal_layers=0,
+        head_dim=32,
+        state_size=16,
+        patches_per_anchor=int(settings["patches_per_query"]),
+        bidirectional=direction == "bidirectional",
+        gpa_placement="pre_mixer",
+    )
+    compressor.load_state_dict({released_compressor_name(name): tensor for name, tensor in tensors.items()})
+    output = compressor(features)
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-4, rtol=0)
+    assert output.frame_deltas is None
+
+
+def test_output_shapes():
+    output = tiny_compressor()(torch.randn(2, 5, 9, 12))
+    assert output.last_hidden_state.shape == (2, 5, 3, 20)
+    assert output.frame_deltas.shape == (2, 5) and (output.frame_deltas >= 0).all()
+    assert isinstance(tiny_compressor()(torch.randn(2, 5, 9, 12), return_dict=False), tuple)
+
+
+def test_sequence_order():
+    compressor = tiny_compressor(hidden_size=1, expand=8)
+    nn.init.constant_(compressor.anchor, -1)
+    patches = torch.arange(12.0).reshape(1, 2, 6, 1)
+    expected = [0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1]
+    assert compressor.insert_anchors(patches).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("placement", ["post_mixer", "pre_mixer"])
+def test_gated_patch_aggregation(placement):
+    torch.manual_seed(0)
+    gpa = MambaMiaGatedPatchAggregation(tiny_config(gpa_placement=placement)).eval()
+    hidden_states = torch.randn(2, 8, 16)
+    output = gpa(hidden_states)
+    for row in range(2):
+        patches, q = hidden_states[:, 4 * row : 4 * row + 3], hidden_states[:, 4 * row + 3]
+        alpha = (q @ gpa.weight_proj.weight.T + gpa.weight_proj.bias).softmax(-1)
+        gate = torch.sigmoid(q @ gpa.gate_proj.weight.T + gpa.gate_proj.bias)
+        gate = 0.01 + 0.98 * gate if placement == "pre_mixer" else gate
+        expected = (1 - gate) * q + gate * (alpha[..., None] * patches).sum(1)
+        torch.testing.assert_close(output[:, 4 * row + 3], expected)
+        assert torch.equal(output[:, 4 * row : 4 * row + 3], patches)
+
+
+def test_gpa_starts_uniform_and_half_open():
+    gpa = tiny_compressor().layers[0].gpa
+    anchors = torch.randn(50, 16)
+    torch.testing.assert_close(gpa.weight_proj(anchors).softmax(-1), torch.full((50, 3), 1 / 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(gpa.gate_proj(anchors).sigmoid(), torch.full((50, 1), 0.5), atol=1e-3, rtol=0)
+
+
+def test_frame_deltas_are_the_scans_own_step_size():
+    compressor = tiny_compressor(num_temporal_layers=1)
+    steps = []
+    mixer = compressor.temporal_layers[0].mixer
+    mixer.register_forward_hook(lambda module, args, output: steps.append(module.in_proj(args[0])[..., -4:]))
+    deltas = compressor(torch.randn(1, 5, 9, 12)).frame_deltas
+    expected = nn.functional.softplus(steps[0] + mixer.forward_ssm.dt_bias).mean(dim=(0, 2))
+    torch.testing.assert_close(deltas[0], expected)
+
+
+def test_time_step_limit_bounds_the_deltas():
+    compressor = tiny_compressor(time_step_limit=(0.01, 0.02))
+    deltas = compressor(100 * torch.randn(1, 5, 9, 12)).frame_deltas
+    assert (deltas >= 0.01).all() and (deltas <= 0.02 + 1e-6).all()
+
+
+def test_temporal_layer_is_causal_and_stage_one_is_not():
+    compressor = tiny_compressor()
+    features = torch.randn(1, 6, 9, 12, requires_grad=True)
+    compressor(features).last_hidden_state[0, 0].sum().backward()
+    assert features.grad[0, 5].abs().max() > 0
+    causal = tiny_compressor(bidirectional=False)
+    features.grad = None
+    causal(features).last_hidden_state[0, 2].sum().backward()
+    assert features.grad[0, 3:].abs().max() == 0 and features.grad[0, 0].abs().max() > 0
+
+
+@pytest.mark.parametrize("temporal_bidirectional", [False, True])
+def test_videos_of_different_lengths_give_what_each_gives_alone(temporal_bidirectional):
+    compressor = tiny_compressor(temporal_bidirectional=temporal_bidirectional)
+    lengths = [5, 2, 7, 5]
+    features = torch.full((4, 7, 9, 12), torch.nan)
+    mask = torch.zeros(4, 7, dtype=torch.bool)
+    for video, length in enumerate(lengths):
+        features[video, :length] = torch.randn(length, 9, 12)
+        mask[video, :length] = True
+    output = compressor(features, frame_mask=mask)
+    for video, length in enumerate(lengths):
+        alone = compressor(features[video : video + 1, :length])
+        torch.testing.assert_close(output.last_hidden_state[video, :length], alone.last_hidden_state[0])
+        torch.testing.assert_close(output.frame_deltas[video, :length], alone.frame_deltas[0])
+        assert output.last_hidden_state[video, length:].abs().sum() == 0
+        assert output.frame_deltas[video, length:].abs().sum() == 0
+
+
+def test_masked_batch_has_a_gradient():
+    compressor = tiny_compressor()
+    features = torch.randn(2, 4, 9, 12, requires_grad=True)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    compressor(features, frame_mask=mask).last_hidden_state.sum().backward()
+    assert features.grad[1, :2].abs().min() > 0 and features.grad[1, 2:].abs().max() == 0
+
+
+def test_gradient_checkpointing_changes_nothing():
+    features = torch.randn(1, 4, 9, 12)
+    gradients = []
+    for checkpointing in (False, True):
+        compressor = tiny_compressor(gpa_dropout=0.0).train()
+        if checkpointing:
+            compressor.gradient_checkpointing_enable()
+        compressor(features).last_hidden_state.square().sum().backward()
+        gradients.append([parameter.grad for parameter in compressor.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) > 10
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_save_and_load(tmp_path):
+    compressor = tiny_compressor()
+    compressor.save_pretrained(tmp_path)
+    loaded = MambaMiaCompressor.from_pretrained(tmp_path)
+    features = torch.randn(1, 3, 9, 12)
+    assert torch.equal(loaded(features).last_hidden_state, compressor(features).last_hidden_state)
+
+
+def test_wrong_features_are_named():
+    compressor = tiny_compressor()
+    with pytest.raises(ValueError, match="10 patches.*patches_per_anchor=3"):
+        compressor(torch.randn(1, 2, 10, 12))
+    with pytest.raises(ValueError, match="input_size is 12"):
+        compressor(torch.randn(1, 2, 9, 13))
+    with pytest.raises(ValueError, match="without frames"):
+        compressor(torch.randn(1, 0, 9, 12))
+
+
+def test_select_by_threshold_is_algorithm_1():
+    deltas = torch.tensor([[0.25, 0.25, 0.5, 0.125, 1.0, 0.375]])
+    assert select_frames(deltas, threshold=0.5).tolist() == [[False, True, True, False, True, False]]
+    assert select_frames(deltas, threshold=0).all()
+    assert select_frames(deltas).all()
+
+
+def test_select_keeps_the_largest_when_nothing_reaches_the_threshold():
+    assert select_frames(torch.tensor([[0.1, 0.3, 0.2]]), threshold=9).tolist() == [[False, True, False]]
+
+
+def test_select_by_budget_is_exact_for_any_deltas():
+    generator = torch.Generator().manual_seed(0)
+    for frames in range(1, 40):
+        uniform = torch.rand(frames, generator=generator)
+        for deltas in (uniform, uniform**20, uniform * (uniform > 0.8), torch.zeros(frames), torch.ones(frames)):
+            for keep in range(1, frames + 1):
+                assert select_frames(deltas[None], keep_frames=keep).sum() == keep
+
+
+def test_select_by_budget_follows_the_deltas():
+    deltas = torch.full((1, 100), 0.01)
+    assert select_frames(deltas, keep_ratio=0.5).nonzero()[:, 1].diff().unique().tolist() == [2]
+    deltas[0, 40:60] = 1.0
+    kept = select_frames(deltas, keep_frames=20)
+    assert kept[0, 40:60].sum() >= 19
+    assert select_frames(deltas, keep_frames=500).all()
+
+
+def test_select_leaves_padding_out():
+    deltas = torch.rand(2, 8)
+    mask = torch.arange(8) < torch.tensor([[8], [3]])
+    for arguments in ({"threshold": 0.4}, {"keep_frames": 2}, {"keep_ratio": 0.5}, {}):
+        kept = select_frames(deltas, frame_mask=mask, **arguments)
+        assert not kept[1, 3:].any()
+        assert torch.equal(kept[1, :3], select_frames(deltas[1:, :3], **arguments)[0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"threshold": 0.5, "keep_frames": 3},
+        {"keep_frames": 3, "keep_ratio": 0.5},
+        {"keep_frames": 0},
+        {"keep_ratio": 0.0},
+        {"keep_ratio": 1.5},
+        {"threshold": -1.0},
+    ],
+)
+def test_select_rejects(arguments):
+    with pytest.raises(ValueError, match="|".join(arguments)):
+        select_frames(torch.rand(1, 4), **arguments)
