@@ -1,2 +1,3 @@
 from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
 from .modeling_compressor import MambaMiaCompressor, MambaMiaCompressorOutput, select_frames
+from .modeling_mambamia import MambaMiaForConditionalGeneration, MambaMiaModel

@@ -1,4 +1,4 @@
-"""MambaMia's compressor: many patch features a frame in, a few anchors a frame and the importance of each frame out."""
+"""The compressor: many patch features a frame in, a few anchors a frame and the importance of each frame out."""
 
 import math
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class MambaMiaSSM(nn.Module):
 
 
 class MambaMiaMixer(nn.Module):
-    """Mamba2 mixer, in one direction or both: the directions share `in_proj`, gate and `out_proj`, and nothing else."""
+    """Mamba2 mixer, in one direction or both; what the directions share is `in_proj`, the gate and `out_proj`."""
 
     def __init__(self, config: MambaMiaCompressorConfig, bidirectional: bool):
         super().__init__()

@@ -1,0 +1,613 @@
+"""MambaMia: vision tower, compressor, frame selection, language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_mambamia import MambaMiaConfig
+from .modeling_compressor import MambaMiaCompressor, select_frames
+
+
+@dataclass
+class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(num_videos, num_frames, num_anchors, hidden_size)`):
+            The anchors of every frame, as wide as the language model; zero where `frame_mask` is.
+        pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * num_anchors, hidden_size)`, one a video):
+            The anchors of the frames that were kept: what the language model reads.
+        frame_deltas (`torch.FloatTensor` of shape `(num_videos, num_frames)`, *optional*):
+            Δ, the importance of every frame.
+        selected_frames (`torch.BoolTensor` of shape `(num_videos, num_frames)`):
+            True for the frames that were kept.
+    """
+
+    frame_deltas: torch.FloatTensor | None = None
+    selected_frames: torch.BoolTensor | None = None
+
+
+@dataclass
+class MambaMiaModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
+            What the language model read of the images.
+        video_hidden_states (`torch.FloatTensor` of shape `(num_video_tokens, hidden_size)`, *optional*):
+            What the language model read of the videos.
+        frame_deltas (`torch.FloatTensor` of shape `(num_videos, num_frames)`, *optional*):
+            Δ, the importance of every frame.
+        selected_frames (`torch.BoolTensor` of shape `(num_videos, num_frames)`, *optional*):
+            True for the frames that were kept.
+        token_indices (`torch.LongTensor` of shape `(batch_size, kept_length)`, *optional*):
+            Where frames were dropped: the position in the prompt of every token that is left, -1 for padding.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+    frame_deltas: torch.FloatTensor | None = None
+    selected_frames: torch.BoolTensor | None = None
+    token_indices: torch.LongTensor | None = None
+
+
+@dataclass
+class MambaMiaCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`): next-token loss.
+        logits (`torch.FloatTensor` of shape `(batch_size, kept_length, vocab_size)`):
+            Scores of the next token, for the tokens that are left where frames were dropped.
+        past_key_values (`Cache`, *optional*): keys and values of the tokens that are left.
+
+        The other fields are those of [`MambaMiaModelOutputWithPast`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+    frame_deltas: torch.FloatTensor | None = None
+    selected_frames: torch.BoolTensor | None = None
+    token_indices: torch.LongTensor | None = None
+
+
+class MambaMiaPreTrainedModel(PreTrainedModel):
+    config: MambaMiaConfig
+    config_class = MambaMiaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MambaMiaSpatialBlock", "MambaMiaTemporalBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class MambaMiaModel(MambaMiaPreTrainedModel):
+    """Vision tower, compressor and language model, without the language model's head."""
+
+    def __init__(self, config: MambaMiaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.compressor = MambaMiaCompressor._from_config(config.compressor_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def encode_frames(
+        self, frames: Tensor, vision_feature_layer: int | None = None, vision_batch_size: int | None = None
+    ) -> Tensor:
+        """Patch features of frames, `vision_batch_size` frames at a time.
+
+        Args:
+            frames: `(num_frames, channels, height, width)`, on any device.
+            vision_feature_layer: which hidden state of the vision tower, by default the config's.
+            vision_batch_size: frames that go through the tower at once, by default the config's.
+
+        Returns:
+            `(num_frames, num_patches, vision hidden_size)`.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        batch_size = self.config.vision_batch_size if vision_batch_size is None else vision_batch_size
+        if batch_size < 1:
+            raise ValueError(f"vision_batch_size must be at least 1, not {batch_size}.")
+        features = []
+        for chunk in frames.split(batch_size):
+            chunk = chunk.to(self.vision_tower.device, self.vision_tower.dtype)
+            hidden_states = self.vision_tower(chunk, output_hidden_states=True, return_dict=True).hidden_states
+            features.append(hidden_states[layer])
+        return torch.cat(features)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | None = None,
+        vision_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> MambaMiaFeaturesOutput | tuple:
+        """The tokens of images; an image is a video of one frame.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): the images.
+            vision_feature_layer (`int`, *optional*): see [`MambaMiaConfig`].
+            vision_batch_size (`int`, *optional*): see [`MambaMiaConfig`].
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be (num_images, channels, height, width), not {tuple(pixel_values.shape)}; "
+                f"videos go into pixel_values_videos."
+            )
+        features = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size)
+        compressed = self.compressor(features.unsqueeze(1), return_dict=True)
+        return MambaMiaFeaturesOutput(
+            last_hidden_state=compressed.last_hidden_state,
+            pooler_output=list(compressed.last_hidden_state.flatten(1, 2)),
+            frame_deltas=compressed.frame_deltas,
+            selected_frames=torch.ones(features.shape[0], 1, dtype=torch.bool, device=features.device),
+        )
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor,
+        frame_mask: Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_batch_size: int | None = None,
+        delta_threshold: float | None = None,
+        delta_min_frames: int | None = None,
+        keep_frames: int | Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> MambaMiaFeaturesOutput | tuple:
+        """The tokens of videos, the importance of their frames, and which frames were kept.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(num_videos, num_frames, channels, height, width)`):
+                The frames, on any device; shorter videos padded at the end.
+            frame_mask (`torch.BoolTensor` of shape `(num_videos, num_frames)`, *optional*): True for real frames.
+            vision_feature_layer (`int`, *optional*): see [`MambaMiaConfig`].
+            vision_batch_size (`int`, *optional*): see [`MambaMiaConfig`].
+            delta_threshold (`float`, *optional*): δ of the selection; 0 keeps every frame. The config's holds at
+                inference only, one given here also in training.
+            delta_min_frames (`int`, *optional*): videos of at most this many frames keep every frame.
+            keep_frames (`int` or a list of one a video, *optional*): exact number of frames to keep in place of a
+                threshold; None in a list stands for the threshold.
+        """
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(
+                f"pixel_values_videos must be (num_videos, num_frames, channels, height, width), not "
+                f"{tuple(pixel_values_videos.shape)}; images go into pixel_values."
+            )
+        if frame_mask is None:
+            frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
+        frame_mask = frame_mask.bool()
+        is_padded = not bool(frame_mask.all())
+        frames = pixel_values_videos.flatten(0, 1)
+        if is_padded:
+            frames = frames[frame_mask.flatten().to(frames.device)]
+        features = self.encode_frames(frames, vision_feature_layer, vision_batch_size)
+        frame_mask = frame_mask.to(features.device)
+        if is_padded:
+            padded = features.new_zeros(frame_mask.numel(), *features.shape[1:])
+            features = padded.index_put((frame_mask.flatten().nonzero().squeeze(1),), features)
+        features = features.unflatten(0, frame_mask.shape)
+        compressed = self.compressor(features, frame_mask=frame_mask, return_dict=True)
+        anchors, deltas = compressed.last_hidden_state, compressed.frame_deltas
+
+        if keep_frames is None or isinstance(keep_frames, int):
+            keep_frames = [keep_frames] * len(anchors)
+        selected = torch.zeros_like(frame_mask)
+        for video, mask in enumerate(frame_mask):
+            how = self._selection(int(mask.sum()), delta_threshold, delta_min_frames, keep_frames[video])
+            selected[video, mask] = (
+                select_frames(deltas[video : video + 1, mask], **how)[0] if how else mask.new_ones(int(mask.sum()))
+            )
+        return MambaMiaFeaturesOutput(
+            last_hidden_state=anchors,
+            pooler_output=[video[kept].flatten(0, 1) for video, kept in zip(anchors, selected, strict=True)],
+            frame_deltas=deltas,
+            selected_frames=selected,
+        )
+
+    def _selection(
+        self, num_frames: int, delta_threshold: float | None, delta_min_frames: int | None, keep_frames: int | None
+    ) -> dict[str, Any]:
+        """The arguments of `select_frames` for one video; empty where every frame is kept."""
+        if keep_frames is not None:
+            return {"keep_frames": keep_frames}
+        config = self.config
+        if delta_threshold is None and not self.training:
+            if config.keep_frames is not None or config.keep_ratio is not None:
+                return {"keep_frames": config.keep_frames, "keep_ratio": config.keep_ratio}
+            delta_threshold = config.delta_threshold
+        min_frames = config.delta_min_frames if delta_min_frames is None else delta_min_frames
+        return {} if delta_threshold is None or num_frames <= min_frames else {"threshold": delta_threshold}
+
+    def encode_videos(
+        self, placeholders: Tensor, pixel_values_videos: Tensor, frame_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[MambaMiaFeaturesOutput, Tensor]:
+        """Features of the videos of a prompt, with the number of frames to keep read off the prompt's placeholders.
+
+        A video that has `num_frames * num_anchors` placeholders goes through the selection by threshold (or the
+        config's budget); one that has fewer, K * num_anchors, keeps exactly K frames.
+
+        Args:
+            placeholders (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the video tokens stand.
+            pixel_values_videos, frame_mask, kwargs: as in `get_video_features`.
+
+        Returns:
+            The features, and `(batch_size, sequence_length)`, True for the tokens of the prompt that stay.
+
+        Raises:
+            ValueError: if the placeholders of a video are not the tokens of a whole number of its frames.
+        """
+        num_anchors = self.config.num_anchors
+        if frame_mask is None:
+            frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
+        lengths = frame_mask.sum(dim=1).tolist()
+        counts = _placeholder_runs(placeholders)
+        if len(counts) != len(lengths) and sum(counts) == num_anchors * sum(lengths):
+            counts = [num_anchors * length for length in lengths]  # videos without a token between them
+        if len(counts) != len(lengths):
+            raise ValueError(
+                f"The prompt has {len(counts)} runs of video placeholders and there are {len(lengths)} videos; give "
+                f"each video its own run."
+            )
+        keep_frames = []
+        for count, length in zip(counts, lengths, strict=True):
+            if count > length * num_anchors or count % num_anchors:
+                raise ValueError(
+                    f"A video of {length} frames has {count} placeholders in the prompt; expected "
+                    f"{length * num_anchors} ({num_anchors} a frame), or {num_anchors} times the frames to keep."
+                )
+            keep_frames.append(None if count == length * num_anchors else count // num_anchors)
+        features = self.get_video_features(
+            pixel_values_videos, frame_mask, keep_frames=keep_frames, return_dict=True, **kwargs
+        )
+        # The run of a video that kept a given number of frames is full; in the others dropped frames leave their place.
+        staying = []
+        for budget, selected, mask in zip(keep_frames, features.selected_frames, frame_mask, strict=True):
+            frames = selected[mask.bool().to(selected.device)] if budget is None else selected.new_ones(budget)
+            staying.append(frames.repeat_interleave(num_anchors))
+        keep = torch.ones_like(placeholders)
+        keep[placeholders] = torch.cat(staying).to(keep.device)
+        return features, keep
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_id: int) -> Tensor:
+        """`(batch_size, sequence_length)`, True where the prompt holds the placeholder `token_id`."""
+        if input_ids is not None:
+            return input_ids == token_id
+        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == embedding).all(dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        frame_mask: torch.BoolTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        vision_feature_layer: int | None = None,
+        vision_batch_size: int | None = None,
+        delta_threshold: float | None = None,
+        delta_min_frames: int | None = None,
+        mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
+        **kwargs: Any,
+    ) -> MambaMiaModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The prompt, with one placeholder a token of its images and videos; see `encode_videos` for how many.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): images, in order.
+            pixel_values_videos, frame_mask: the videos, in order; see `get_video_features`.
+            vision_feature_layer, vision_batch_size, delta_threshold, delta_min_frames: see `get_video_features`.
+            mm_encoder_outputs (`dict`, *optional*): outputs of `get_image_features` and `get_video_features` under
+                "image" and "video", in place of pixels; the prompt holds just their tokens.
+
+        Where frames are dropped, their placeholders leave the sequence before the language model sees it; the rows are
+        padded on the left again.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        encoded = dict(mm_encoder_outputs or {})
+        vision = {"vision_feature_layer": vision_feature_layer, "vision_batch_size": vision_batch_size}
+        token_indices = None
+        image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, self.config.image_token_id)
+        video_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, self.config.video_token_id)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values, return_dict=True, **vision)
+        if pixel_values_videos is not None:
+            encoded["video"], keep = self.encode_videos(
+                video_tokens,
+                pixel_values_videos,
+                frame_mask,
+                delta_threshold=delta_threshold,
+                delta_min_frames=delta_min_frames,
+                **vision,
+            )
+            if not keep.all():
+                token_indices = _left_padded_indices(keep)
+                inputs_embeds = _take_tokens(inputs_embeds, token_indices, 0.0)
+                image_tokens, video_tokens = (
+                    _take_tokens(tokens, token_indices, False) for tokens in (image_tokens, video_tokens)
+                )
+                attention_mask = _drop_from_mask(attention_mask, token_indices)
+                if position_ids is None:
+                    position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+                else:
+                    position_ids = _take_tokens(position_ids, token_indices, 0)
+
+        hidden_states = {}
+        for modality, tokens in (("image", image_tokens), ("video", video_tokens)):
+            if encoded.get(modality) is None:
+                continue
+            hidden_states[modality] = torch.cat(list(encoded[modality].pooler_output)).to(inputs_embeds)
+            if tokens.sum() != len(hidden_states[modality]):
+                raise ValueError(
+                    f"The prompt has {int(tokens.sum())} {modality} placeholders and the {modality}s give "
+                    f"{len(hidden_states[modality])} tokens; the processor makes as many as there have to be."
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(tokens.unsqueeze(-1), hidden_states[modality])
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        videos = encoded.get("video") or {}
+        return MambaMiaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=hidden_states.get("image"),
+            video_hidden_states=hidden_states.get("video"),
+            frame_deltas=videos.get("frame_deltas"),
+            selected_frames=videos.get("selected_frames"),
+            token_indices=token_indices,
+        )
+
+
+class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin):
+    r"""MambaMia with the language model's head: questions about images and videos.
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    >>> processor = AutoProcessor.from_pretrained(checkpoint)
+    >>> content = [{"type": "video", "path": "video.mp4"}, {"type": "text", "text": "What shape appears?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    ... )
+    >>> output = model.generate(**inputs, max_new_tokens=20)
+    >>> processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ['star']
+    ```"""
+
+    def __init__(self, config: MambaMiaConfig):
+        super().__init__(config)
+        self.model = MambaMiaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MambaMiaFeaturesOutput | tuple:
+        """See [`MambaMiaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> MambaMiaFeaturesOutput | tuple:
+        """See [`MambaMiaModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        frame_mask: torch.BoolTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        vision_feature_layer: int | None = None,
+        vision_batch_size: int | None = None,
+        delta_threshold: float | None = None,
+        delta_min_frames: int | None = None,
+        mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
+        **kwargs: Any,
+    ) -> MambaMiaCausalLMOutputWithPast | tuple:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Tokens to predict, -100 for those that do not count; they follow the prompt where frames are dropped.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many last positions, or which, get logits; 0 for all.
+
+        The other arguments are those of [`MambaMiaModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            frame_mask=frame_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            vision_feature_layer=vision_feature_layer,
+            vision_batch_size=vision_batch_size,
+            delta_threshold=delta_threshold,
+            delta_min_frames=delta_min_frames,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
+        loss = None
+        if labels is not None:
+            if outputs.token_indices is not None:
+                labels = _take_tokens(labels, outputs.token_indices, -100)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return MambaMiaCausalLMOutputWithPast(
+            loss=loss, logits=logits, **{key: value for key, value in outputs.items() if key != "last_hidden_state"}
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """As Transformers' `generate`; frames that the selection drops never reach prefill or KV cache.
+
+        The videos are encoded first and the placeholders of dropped frames taken out of the prompt; what comes back
+        starts with the prompt as it was given. Length limits count the prompt as it was given, too.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        videos = kwargs.pop("pixel_values_videos", None)
+        if videos is None:
+            return super().generate(
+                input_ids, generation_config=generation_config, streamer=streamer, **_without_video_arguments(kwargs)
+            )
+        embeds = kwargs.get("inputs_embeds")
+        placeholders = self.model.get_placeholder_mask(input_ids, embeds, self.config.video_token_id)
+        arguments = {name: kwargs.pop(name) for name in _VIDEO_ARGUMENTS if name in kwargs}
+        vision = {name: kwargs[name] for name in _VISION_ARGUMENTS if name in kwargs}
+        features, keep = self.model.encode_videos(placeholders, videos, **arguments, **vision)
+        kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "video": features}
+        if keep.all():
+            return super().generate(input_ids, generation_config=generation_config, streamer=streamer, **kwargs)
+
+        indices = _left_padded_indices(keep)
+        kwargs["attention_mask"] = _drop_from_mask(kwargs.get("attention_mask"), indices)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = _take_tokens(kwargs["position_ids"], indices, 0)
+        if embeds is not None:
+            kwargs["inputs_embeds"] = _take_tokens(embeds, indices, 0.0)
+        prompt = input_ids
+        if prompt is not None:
+            input_ids = _take_tokens(prompt, indices, self.config.text_config.pad_token_id or 0)
+            streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
+            for name in ("max_length", "min_length"):
+                limit = kwargs.get(name) or getattr(generation_config, name, None)
+                if limit:
+                    kwargs[name] = limit - (prompt.shape[1] - indices.shape[1])
+        output = super().generate(input_ids, generation_config=generation_config, streamer=streamer, **kwargs)
+        if prompt is None:
+            return output
+        sequences = output.sequences if isinstance(output, ModelOutput) else output
+        prompts = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
+        sequences = torch.cat([prompts, sequences[:, indices.shape[1] :]], dim=1)
+        if not isinstance(output, ModelOutput):
+            return sequences
+        output.sequences = sequences
+        return output
+
+
+# Arguments of a call that concern the videos alone, and those that images share.
+_VIDEO_ARGUMENTS = ("frame_mask", "delta_threshold", "delta_min_frames")
+_VISION_ARGUMENTS = ("vision_feature_layer", "vision_batch_size")
+
+
+def _without_video_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _VIDEO_ARGUMENTS}
+
+
+class _PromptStreamer(BaseStreamer):
+    """Hands the prompt as it was given to a streamer, in place of the one without the dropped frames."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
+        self.streamer = streamer
+        self.prompt = prompt
+
+    def put(self, value: Tensor):
+        self.streamer.put(value if self.prompt is None else self.prompt.cpu())
+        self.prompt = None
+
+    def end(self):
+        self.streamer.end()
+
+
+def _placeholder_runs(placeholders: Tensor) -> list[int]:
+    """Lengths of the runs of True, row after row."""
+    edges = nn.functional.pad(placeholders.int(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return (ends[:, 1] - starts[:, 1]).tolist()
+
+
+def _left_padded_indices(keep: Tensor) -> Tensor:
+    """Positions of the True entries of each row, aligned to the right; -1 in front of the shorter rows."""
+    order = keep.int().argsort(dim=1, stable=True)[:, -int(keep.sum(dim=1).max()) :]
+    return order.masked_fill(~keep.gather(1, order), -1)
+
+
+def _take_tokens(tensor: Tensor, indices: Tensor, padding: float) -> Tensor:
+    """Rows' entries at `indices (batch, length)`; `padding` where the index is -1."""
+    indices = indices.to(tensor.device)
+    taken = tensor[torch.arange(len(indices), device=tensor.device)[:, None], indices.clamp(min=0)]
+    return taken.masked_fill((indices < 0).view(*indices.shape, *[1] * (tensor.ndim - 2)), padding)
+
+
+def _drop_from_mask(attention_mask: Tensor | None, indices: Tensor) -> Tensor:
+    if attention_mask is None:
+        return (indices >= 0).long()
+    return _take_tokens(attention_mask, indices, 0)
+
+
+__all__ = [
+    "MambaMiaCausalLMOutputWithPast",
+    "MambaMiaFeaturesOutput",
+    "MambaMiaForConditionalGeneration",
+    "MambaMiaModel",
+    "MambaMiaModelOutputWithPast",
+    "MambaMiaPreTrainedModel",
+]
