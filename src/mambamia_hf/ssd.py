@@ -6,6 +6,8 @@ PyTorch. Letters in the shapes: b batch, l length, h heads, p head size, g group
 a chunk.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -124,12 +126,18 @@ def _torch_chunk_scan(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    chunk_size = min(chunk_size, _MAX_CHUNK_SIZE.get(x.device.type, chunk_size))
+    chunk_size = min(chunk_size, _MAX_CHUNK_SIZE.get(x.device.type, chunk_size), x.shape[1])
     if initial_states is None:
         initial_states = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
-    y, final_states = _BlockwiseScan.apply(
-        x, dt, A, B, C, D, dt_bias, initial_states.to(dtype), chunk_size, dt_softplus, tuple(dt_limit)
-    )
+    budget = _BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS["cuda"])
+    rows = max(1, budget // (x.shape[2] * chunk_size**2))
+    settings = (chunk_size, dt_softplus, tuple(dt_limit), budget)
+    tokenwise = [tensor.split(rows) for tensor in (x, dt, B, C, initial_states.to(dtype))]
+    parts = [
+        _BlockwiseScan.apply(x_, dt_, A, B_, C_, D, dt_bias, states_, *settings)
+        for x_, dt_, B_, C_, states_ in zip(*tokenwise, strict=True)
+    ]
+    y, final_states = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return (y, final_states) if return_final_states else y
 
 
@@ -167,7 +175,7 @@ def _scan_block(
     dt = dt.clamp(*dt_limit)
     skip = None if D is None else x * D.to(dtype).reshape(D.shape[0], -1)
 
-    chunk_size = min(chunk_size, length)
+    chunk_size = math.ceil(length / math.ceil(length / chunk_size))  # chunks of one length, with the least padding
     if padding := -length % chunk_size:  # a step of size zero neither decays the state nor adds to it
         x, B, C = (nn.functional.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
         dt = nn.functional.pad(dt, (0, 0, 0, padding))
@@ -215,17 +223,12 @@ def _scan_block(
     return y, states.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
-def _block_length(x: Tensor, chunk_size: int) -> int:
-    elements = x.shape[0] * x.shape[2] * chunk_size**2
-    return chunk_size * max(1, _BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS["cuda"]) // elements)
-
-
 class _BlockwiseScan(torch.autograd.Function):
     """The scan, block after block; keeps the states between blocks and recomputes a block when its gradient is due."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, states, chunk_size, dt_softplus, dt_limit):
-        block_length = _block_length(x, chunk_size)
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, states, chunk_size, dt_softplus, dt_limit, budget):
+        block_length = chunk_size * max(1, budget // (x.shape[0] * x.shape[2] * chunk_size**2))
         settings = (chunk_size, dt_softplus, dt_limit)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         boundaries = []
@@ -237,18 +240,17 @@ class _BlockwiseScan(torch.autograd.Function):
                 x[:, block], dt[:, block], A, B[:, block], C[:, block], D, dt_bias, states, *settings
             )
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, *boundaries)
-        ctx.settings = settings
+        ctx.block_length, ctx.settings = block_length, settings
         return y, states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_states):
         x, dt, A, B, C, D, dt_bias, *boundaries = ctx.saved_tensors
-        block_length = _block_length(x, ctx.settings[0])
         tokenwise = [torch.empty_like(tensor) for tensor in (x, dt, B, C)]
         shared = [None if tensor is None else torch.zeros_like(tensor) for tensor in (A, D, dt_bias)]
         for index in reversed(range(len(boundaries))):
-            block = slice(index * block_length, (index + 1) * block_length)
+            block = slice(index * ctx.block_length, (index + 1) * ctx.block_length)
             inputs = [tensor[:, block] for tensor in (x, dt, B, C)] + [boundaries[index], A, D, dt_bias]
             with torch.enable_grad():
                 inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
@@ -265,4 +267,4 @@ class _BlockwiseScan(torch.autograd.Function):
                     total += part
         grad_x, grad_dt, grad_B, grad_C = tokenwise
         grad_A, grad_D, grad_dt_bias = shared
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_dt_bias, grad_states, None, None, None
+        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_dt_bias, grad_states, None, None, None, None
