@@ -56,8 +56,9 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
             the gate within [0.01, 0.99] (the released code).
         gpa_dropout (`float`, defaults to 0.1): dropout on the anchor on its way into the attention and the gate.
         time_step_limit (`tuple`, defaults to `(0.0, inf)`): range that Δ is clamped to.
-        time_step_min, time_step_max, time_step_floor (`float`): Δ at initialisation is log-uniform in this range.
-        A_init_range (`tuple`, defaults to `(1, 16)`): -A at initialisation is uniform in this range.
+        time_step_min, time_step_max (`float`, default to 0.001 and 0.1): Δ at initialisation is log-uniform between.
+        time_step_floor (`float`, defaults to 1e-4): Δ at initialisation is at least this.
+        A_init_min, A_init_max (`float`, default to 1 and 16): -A at initialisation is uniform between.
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of every norm.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
 
@@ -88,13 +89,13 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    A_init_range: list[float | int] | tuple[float | int, ...] = (1, 16)
+    A_init_min: float | int = 1
+    A_init_max: float | int = 16
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         self.time_step_limit = tuple(float(bound) for bound in self.time_step_limit)
-        self.A_init_range = tuple(self.A_init_range)
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, so that construction raises the ValueError itself
 
@@ -105,6 +106,10 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     @property
     def num_heads(self) -> int:
         return self.intermediate_size // self.head_dim
+
+    @property
+    def A_init_range(self) -> tuple[float, float]:
+        return self.A_init_min, self.A_init_max
 
     def num_anchors(self, num_patches: int) -> int:
         """Anchors of a frame of `num_patches` patches: one after each row of `patches_per_anchor`.
@@ -140,11 +145,28 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
                 f"n_groups={self.n_groups} does not divide the {self.num_heads} heads of expand * hidden_size / "
                 f"head_dim; set n_groups to a divisor of it."
             )
-        low, high = self.time_step_limit
-        if not 0 <= low < high:
+        if len(self.time_step_limit) != 2 or not 0 <= self.time_step_limit[0] < self.time_step_limit[1]:
             raise ValueError(f"time_step_limit must be two rising numbers from 0 on, not {self.time_step_limit}.")
+        for low, high in (("time_step_min", "time_step_max"), ("A_init_min", "A_init_max")):
+            if not 0 < getattr(self, low) <= getattr(self, high):
+                raise ValueError(
+                    f"{low} must lie above 0 and at most at {high}, not {getattr(self, low)} with "
+                    f"{high}={getattr(self, high)}."
+                )
+        for name in ("time_step_floor", "rms_norm_eps", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
         if not 0 <= self.gpa_dropout < 1:
             raise ValueError(f"gpa_dropout must lie in [0, 1), not {self.gpa_dropout}.")
+
+
+# Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_mambamia.MambaMiaConfig",
+    "AutoModel": "modeling_mambamia.MambaMiaModel",
+    "AutoModelForImageTextToText": "modeling_mambamia.MambaMiaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mambamia.MambaMiaForConditionalGeneration",
+}
 
 
 @strict
@@ -215,7 +237,7 @@ class MambaMiaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(_AUTO_MAP), **kwargs})
         self.compressor_config.input_size = self.vision_config.hidden_size
         self.compressor_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -231,6 +253,14 @@ class MambaMiaConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: the settings have to fit each other."""
         super().validate_architecture()
         self.num_anchors  # noqa: B018 - raises where the patches are not a whole number of rows
+        num_layers = self.vision_config.num_hidden_layers
+        if not -num_layers - 1 <= self.vision_feature_layer <= num_layers:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer} is not a hidden state of a vision tower of "
+                f"{num_layers} layers; set it to {-num_layers - 1} to {num_layers}."
+            )
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
         if self.vision_batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1, not {self.vision_batch_size}.")
         if self.delta_min_frames < 0:
@@ -243,11 +273,12 @@ class MambaMiaConfig(PreTrainedConfig):
                 f"delta_threshold={self.delta_threshold} and a budget (keep_frames={self.keep_frames}, "
                 f"keep_ratio={self.keep_ratio}) exclude each other; set delta_threshold=None to use the budget."
             )
-        if self.delta_threshold is not None and not self.compressor_config.num_temporal_layers:
-            raise ValueError(
-                f"delta_threshold={self.delta_threshold} needs the Δ of a temporal layer, and num_temporal_layers is "
-                f"0; set delta_threshold=None to keep every frame."
-            )
+        for name in ("delta_threshold", "keep_frames", "keep_ratio"):
+            if getattr(self, name) is not None and not self.compressor_config.num_temporal_layers:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs the Δ of a temporal layer, and num_temporal_layers is 0; set "
+                    f"{name}=None to keep every frame."
+                )
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    ModelOutput,
+)
 from transformers.utils import can_return_tuple
 
 from .configuration_mambamia import MambaMiaConfig
@@ -28,6 +33,9 @@ class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
             Δ, the importance of every frame.
         selected_frames (`torch.BoolTensor` of shape `(num_videos, num_frames)`):
             True for the frames that were kept.
+        hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True` or
+        `output_attentions=True`):
+            The vision tower's, a layer each, for the frames of all videos in turn without padding.
     """
 
     frame_deltas: torch.FloatTensor | None = None
@@ -112,28 +120,48 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def encode_frames(
-        self, frames: Tensor, vision_feature_layer: int | None = None, vision_batch_size: int | None = None
-    ) -> Tensor:
+        self,
+        frames: Tensor,
+        vision_feature_layer: int | None = None,
+        vision_batch_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
         """Patch features of frames, `vision_batch_size` frames at a time.
 
         Args:
             frames: `(num_frames, channels, height, width)`, on any device.
             vision_feature_layer: which hidden state of the vision tower, by default the config's.
             vision_batch_size: frames that go through the tower at once, by default the config's.
+            output_hidden_states: whether to return the tower's hidden states too, by default as its config says.
+            kwargs: more arguments of the tower.
 
         Returns:
-            `(num_frames, num_patches, vision hidden_size)`.
+            The features as `last_hidden_state (num_frames, num_patches, vision hidden_size)`, and the `hidden_states`
+            and `attentions` of the tower where they are asked for.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         batch_size = self.config.vision_batch_size if vision_batch_size is None else vision_batch_size
         if batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1, not {batch_size}.")
-        features = []
+        tower = self.vision_tower
+        if output_hidden_states is None:
+            output_hidden_states = tower.config.output_hidden_states
+        features, hidden_states, attentions = [], [], []
         for chunk in frames.split(batch_size):
-            chunk = chunk.to(self.vision_tower.device, self.vision_tower.dtype)
-            hidden_states = self.vision_tower(chunk, output_hidden_states=True, return_dict=True).hidden_states
-            features.append(hidden_states[layer])
-        return torch.cat(features)
+            if tower.device.type != "meta":  # where the tower is offloaded, its own hooks move the frames
+                chunk = chunk.to(tower.device)
+            outputs = tower(
+                chunk.to(tower.dtype), output_hidden_states=output_hidden_states or [layer], return_dict=True, **kwargs
+            )
+            features.append(outputs.hidden_states[layer])
+            hidden_states.append(outputs.hidden_states if output_hidden_states else None)
+            attentions.append(outputs.attentions)
+        return BaseModelOutput(
+            last_hidden_state=torch.cat(features),
+            hidden_states=_cat_layers(hidden_states),
+            attentions=_cat_layers(attentions),
+        )
 
     @can_return_tuple
     def get_image_features(
@@ -149,19 +177,22 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): the images.
             vision_feature_layer (`int`, *optional*): see [`MambaMiaConfig`].
             vision_batch_size (`int`, *optional*): see [`MambaMiaConfig`].
+            kwargs: more arguments of the vision tower, such as `output_hidden_states`.
         """
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values must be (num_images, channels, height, width), not {tuple(pixel_values.shape)}; "
                 f"videos go into pixel_values_videos."
             )
-        features = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size)
-        compressed = self.compressor(features.unsqueeze(1), return_dict=True)
+        encoded = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size, **kwargs)
+        compressed = self.compressor(encoded.last_hidden_state.unsqueeze(1), return_dict=True)
         return MambaMiaFeaturesOutput(
             last_hidden_state=compressed.last_hidden_state,
             pooler_output=list(compressed.last_hidden_state.flatten(1, 2)),
             frame_deltas=compressed.frame_deltas,
-            selected_frames=torch.ones(features.shape[0], 1, dtype=torch.bool, device=features.device),
+            selected_frames=torch.ones_like(compressed.last_hidden_state[:, :, 0, 0], dtype=torch.bool),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     @can_return_tuple
@@ -189,6 +220,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             delta_min_frames (`int`, *optional*): videos of at most this many frames keep every frame.
             keep_frames (`int` or a list of one a video, *optional*): exact number of frames to keep in place of a
                 threshold; None in a list stands for the threshold.
+            kwargs: more arguments of the vision tower, such as `output_hidden_states`.
         """
         if pixel_values_videos.ndim != 5:
             raise ValueError(
@@ -202,7 +234,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         frames = pixel_values_videos.flatten(0, 1)
         if is_padded:
             frames = frames[frame_mask.flatten().to(frames.device)]
-        features = self.encode_frames(frames, vision_feature_layer, vision_batch_size)
+        encoded = self.encode_frames(frames, vision_feature_layer, vision_batch_size, **kwargs)
+        features = encoded.last_hidden_state
         frame_mask = frame_mask.to(features.device)
         if is_padded:
             padded = features.new_zeros(frame_mask.numel(), *features.shape[1:])
@@ -213,17 +246,22 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
 
         if keep_frames is None or isinstance(keep_frames, int):
             keep_frames = [keep_frames] * len(anchors)
-        selected = torch.zeros_like(frame_mask)
+        selected = frame_mask.clone()
         for video, mask in enumerate(frame_mask):
             how = self._selection(int(mask.sum()), delta_threshold, delta_min_frames, keep_frames[video])
-            selected[video, mask] = (
-                select_frames(deltas[video : video + 1, mask], **how)[0] if how else mask.new_ones(int(mask.sum()))
-            )
+            if how and deltas is None:
+                raise ValueError(
+                    f"Selecting frames by {how} needs the Δ of a temporal layer and num_temporal_layers is 0; keep all."
+                )
+            if how:
+                selected[video] = select_frames(deltas[video : video + 1], frame_mask=mask[None], **how)[0]
         return MambaMiaFeaturesOutput(
             last_hidden_state=anchors,
             pooler_output=[video[kept].flatten(0, 1) for video, kept in zip(anchors, selected, strict=True)],
             frame_deltas=deltas,
             selected_frames=selected,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     def _selection(
@@ -281,7 +319,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         features = self.get_video_features(
             pixel_values_videos, frame_mask, keep_frames=keep_frames, return_dict=True, **kwargs
         )
-        # The run of a video that kept a given number of frames is full; in the others dropped frames leave their place.
+        # A run sized for the frames to keep stays whole; a full one loses the places of the frames that were dropped.
         staying = []
         for budget, selected, mask in zip(keep_frames, features.selected_frames, frame_mask, strict=True):
             frames = selected[mask.bool().to(selected.device)] if budget is None else selected.new_ones(budget)
@@ -355,9 +393,10 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 image_tokens, video_tokens = (
                     _take_tokens(tokens, token_indices, False) for tokens in (image_tokens, video_tokens)
                 )
-                attention_mask = _drop_from_mask(attention_mask, token_indices)
+                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+                attention_mask = _drop_from_mask(attention_mask, keep, token_indices, past_length)
                 if position_ids is None:
-                    position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+                    position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -token_indices.shape[1] :]
                 else:
                     position_ids = _take_tokens(position_ids, token_indices, 0)
 
@@ -413,6 +452,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
     >>> processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     ['star']
     ```"""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MambaMiaConfig):
         super().__init__(config)
@@ -504,6 +545,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
         streamer: BaseStreamer | None = None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
@@ -528,7 +570,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             return super().generate(input_ids, generation_config=generation_config, streamer=streamer, **kwargs)
 
         indices = _left_padded_indices(keep)
-        kwargs["attention_mask"] = _drop_from_mask(kwargs.get("attention_mask"), indices)
+        kwargs["attention_mask"] = _drop_from_mask(kwargs.get("attention_mask"), keep, indices)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = _take_tokens(kwargs["position_ids"], indices, 0)
         if embeds is not None:
@@ -537,10 +579,11 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if prompt is not None:
             input_ids = _take_tokens(prompt, indices, self.config.text_config.pad_token_id or 0)
             streamer = None if streamer is None else _PromptStreamer(streamer, prompt)
-            for name in ("max_length", "min_length"):
-                limit = kwargs.get(name) or getattr(generation_config, name, None)
-                if limit:
-                    kwargs[name] = limit - (prompt.shape[1] - indices.shape[1])
+        for name in ("max_length", "min_length"):
+            given = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
+            limit = next((limit for limit in given if limit is not None), None)
+            if limit is not None:
+                kwargs[name] = max(limit - (keep.shape[1] - indices.shape[1]), 0)
         output = super().generate(input_ids, generation_config=generation_config, streamer=streamer, **kwargs)
         if prompt is None:
             return output
@@ -597,10 +640,17 @@ def _take_tokens(tensor: Tensor, indices: Tensor, padding: float) -> Tensor:
     return taken.masked_fill((indices < 0).view(*indices.shape, *[1] * (tensor.ndim - 2)), padding)
 
 
-def _drop_from_mask(attention_mask: Tensor | None, indices: Tensor) -> Tensor:
+def _drop_from_mask(attention_mask: Tensor | None, keep: Tensor, indices: Tensor, past_length: int = 0) -> Tensor:
+    """The attention mask of what is cached already and of the tokens at `indices`."""
     if attention_mask is None:
-        return (indices >= 0).long()
-    return _take_tokens(attention_mask, indices, 0)
+        attention_mask = torch.ones(len(keep), past_length + keep.shape[1], dtype=torch.long, device=keep.device)
+    past, present = attention_mask.tensor_split([attention_mask.shape[1] - keep.shape[1]], dim=1)
+    return torch.cat([past, _take_tokens(present, indices, 0)], dim=1)
+
+
+def _cat_layers(chunks: list[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    """One tensor a layer from the chunks' tensors a layer."""
+    return None if chunks[0] is None else tuple(torch.cat(layer) for layer in zip(*chunks, strict=True))
 
 
 __all__ = [

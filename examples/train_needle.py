@@ -1,0 +1,246 @@
+"""Trains the bundled checkpoint from nothing: a needle somewhere in a video, and the question what appeared.
+
+    python examples/train_needle.py --output_dir runs/needle
+
+Everything takes the path that a user's own model takes: H.264 files, the MambaMia processor, the MambaMia model and the
+stock `Trainer`. Three stages, each starting from the one before:
+
+    image        stills with a needle; every part learns to see, to compress and to answer
+    short video  16 frames; the vision tower is frozen from here on
+    video        64 frames
+
+A stage that has been finished in `output_dir` is taken from there. The data is drawn from `mambamia_hf.needle`; training takes seeds from 1,000,000 on and evaluation those below.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import HfArgumentParser, Qwen2Tokenizer, SiglipImageProcessor, Trainer, TrainingArguments, set_seed
+
+from mambamia_hf import (
+    MambaMiaConfig,
+    MambaMiaForConditionalGeneration,
+    MambaMiaProcessor,
+    MambaMiaVideoProcessor,
+)
+from mambamia_hf.needle import COLOURS, DIGITS, QUESTIONS, SHAPES, needle_image, needle_questions, write_needle_video
+
+
+FIRST_TRAINING_SEED = 1_000_000
+IMAGE_SIZE = 96
+MAX_ANSWER_TOKENS = 4
+
+
+@dataclass
+class NeedleArguments:
+    """What to train on; everything else is `TrainingArguments`."""
+
+    image_steps: int = 2000
+    short_video_steps: int = 600
+    video_steps: int = 500
+    num_videos: int = 2000
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer with Qwen2's special tokens, small because it has a few hundred words to know."""
+    special_tokens = (
+        "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [
+        wording.format(medium=medium, kind=kind)
+        for wordings in QUESTIONS.values()
+        for wording in wordings
+        for medium in ("video", "image")
+        for kind in ("shape", "digit")
+    ]
+    texts += [*SHAPES, *DIGITS, *COLOURS, "system\n", "user\n", "assistant\n", "You are a helpful assistant."]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=special_tokens.split(),
+            show_progress=False,
+        ),
+    )
+    return Qwen2Tokenizer(
+        tokenizer_object=tokenizer,
+        unk_token=None,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special_tokens.split()[1:],
+        padding_side="left",
+    )
+
+
+def build_processor() -> MambaMiaProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return MambaMiaProcessor(
+        tokenizer=build_tokenizer(),
+        image_processor=SiglipImageProcessor(size=size),
+        video_processor=MambaMiaVideoProcessor(size=size),
+        num_anchors=4,
+    )
+
+
+def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneration:
+    """About two million parameters; 64 patches of 12 pixels a frame, 4 anchors of 2 rows of patches each."""
+    tokenizer = processor.tokenizer
+    config = MambaMiaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 12,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        },
+        compressor_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 1,
+            "head_dim": 32,
+            "state_size": 32,
+            "patches_per_anchor": 16,
+            "initializer_range": 0.05,
+        },
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_feature_layer=-1,
+        vision_batch_size=64,
+        delta_threshold=None,
+    )
+    return MambaMiaForConditionalGeneration(config)
+
+
+def conversation(medium: dict[str, Any], question: str, answer: str) -> list[dict[str, Any]]:
+    """One question about one image or video, and the answer to learn."""
+    return [
+        {"role": "user", "content": [medium, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+class NeedleImages(Dataset):
+    """Stills, made when they are asked for; none comes twice."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        seed = FIRST_TRAINING_SEED + index
+        image, needle = needle_image(seed)
+        question, answer = random.Random(seed).choice(needle_questions(needle, "image"))
+        return conversation({"type": "image", "image": image}, question, answer)
+
+
+class NeedleVideos(Dataset):
+    """H.264 files with every question about them, written once and kept."""
+
+    def __init__(self, folder: Path, num_videos: int, num_frames: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.conversations = []
+        for seed in range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + num_videos):
+            path = folder / f"{seed}.mp4"
+            video = write_needle_video(path, seed, duration=num_frames / 2)
+            for question, answer in needle_questions(video.needles[0], "video"):
+                self.conversations.append(conversation({"type": "video", "path": str(path)}, question, answer))
+        random.Random(0).shuffle(self.conversations)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return self.conversations[index]
+
+
+@dataclass
+class Collator:
+    """Conversations to a batch in which only the assistant's tokens are learned."""
+
+    processor: MambaMiaProcessor
+
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True},
+        )
+        learned = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~learned, -100)
+        return batch
+
+
+def main():
+    needle, arguments = HfArgumentParser((NeedleArguments, TrainingArguments)).parse_args_into_dataclasses()
+    set_seed(arguments.seed)
+    processor = build_processor()
+    model = build_model(processor)
+    output = Path(arguments.output_dir)
+    # name, data, steps, batch size, peak learning rate
+    stages = [
+        ("image", lambda: NeedleImages(64 * needle.image_steps), needle.image_steps, 64, 1e-3),
+        (
+            "short_video",
+            lambda: NeedleVideos(output / "videos_16", 4 * needle.num_videos, 16),
+            needle.short_video_steps,
+            8,
+            5e-4,
+        ),
+        ("video", lambda: NeedleVideos(output / "videos_64", needle.num_videos, 64), needle.video_steps, 4, 3e-4),
+    ]
+    for name, dataset, steps, batch_size, learning_rate in stages:
+        if (output / name / "config.json").is_file():
+            model = MambaMiaForConditionalGeneration.from_pretrained(output / name)
+            continue
+        model.model.vision_tower.requires_grad_(name == "image")
+        stage = TrainingArguments(
+            output_dir=str(output / name),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            weight_decay=0.05,
+            logging_steps=25,
+            save_strategy="no",
+            remove_unused_columns=False,
+            dataloader_num_workers=1,
+            report_to="none",
+            seed=arguments.seed,
+        )
+        Trainer(model=model, args=stage, train_dataset=dataset(), data_collator=Collator(processor)).train()
+        model.save_pretrained(output / name)
+        processor.save_pretrained(output / name)
+
+
+if __name__ == "__main__":
+    main()

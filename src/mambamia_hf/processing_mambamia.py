@@ -1,0 +1,234 @@
+"""Processor of MambaMia: joins tokenizer, image processor and video processor, and makes room for the video tokens."""
+
+import os
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import TextInput
+from transformers.video_utils import VideoInput
+
+from .configuration_mambamia import num_kept_frames
+from .video_processing_mambamia import MambaMiaVideoProcessorKwargs
+
+
+# The dialogue format of Qwen2. What the assistant says, its end mark included, is marked as such for training.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for item in content -%}
+            {%- if item['type'] == 'video' -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+            {%- elif item['type'] == 'image' -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif item['type'] == 'text' -%}
+                {{- item['text'] -}}
+            {%- else -%}
+                {{- raise_exception("Content of type " + item['type'] + " in a message: use text, image or video.") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if loop.first and message['role'] != 'system' -%}
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+    {%- endif -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- render(message['content']) + '<|im_end|>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- render(message['content']) + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
+    """
+    keep_frames (`int`, *optional*):
+        The number of frames of each video whose tokens the language model is to see.
+    keep_ratio (`float`, *optional*):
+        The same as a share of the frames of each video.
+    """
+
+    keep_frames: int | None
+    keep_ratio: float | None
+
+
+class MambaMiaProcessorKwargs(ProcessingKwargs, total=False):
+    videos_kwargs: MambaMiaVideosKwargs
+
+
+class MambaMiaProcessor(ProcessorMixin):
+    """
+    Joins an image processor, a tokenizer and a video processor, and replaces the one placeholder of each video and
+    image in a text by as many as there will be tokens: `num_anchors` for an image or a frame of a video.
+
+    With `keep_frames` or `keep_ratio` there are placeholders for so many frames of each video only, and the model
+    keeps exactly so many, the most important ones.
+
+    Args:
+        image_processor, tokenizer, video_processor:
+            The processors of each kind of input. The tokenizer needs the tokens `<|image_pad|>` and `<|video_pad|>`.
+        chat_template (`str`, *optional*):
+            A Jinja template for conversations; the dialogue format of Qwen2 by default.
+        num_anchors (`int`, *optional*, defaults to 24):
+            Tokens a frame: the number of rows of patches, each of which ends in one anchor.
+        keep_frames (`int`, *optional*):
+            How many frames of each video to keep; a call may set another number.
+        keep_ratio (`float`, *optional*):
+            Which share of the frames of each video to keep, instead of `keep_frames`; a call may set another share.
+
+    Raises:
+        `ValueError`: if `keep_frames` and `keep_ratio` are both given or out of range, or the tokenizer lacks a token.
+    """
+
+    valid_processor_kwargs = MambaMiaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        chat_template: str | None = None,
+        num_anchors: int = 24,
+        keep_frames: int | None = None,
+        keep_ratio: float | None = None,
+    ):
+        num_kept_frames(1, keep_frames, keep_ratio)  # raises for an impossible budget
+        self.num_anchors = num_anchors
+        self.keep_frames = keep_frames
+        self.keep_ratio = keep_ratio
+        self.image_token = "<|image_pad|>"
+        self.video_token = "<|video_pad|>"
+        self.image_token_id = _token_id(tokenizer, self.image_token)
+        self.video_token_id = _token_id(tokenizer, self.video_token)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            video_processor,
+            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+        )
+
+    def prepare_inputs_layout(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        audio=None,
+        **kwargs,
+    ):
+        if images is not None:
+            images = make_flat_list_of_images(self._load_images(images))
+        if videos is not None:
+            videos = self.video_processor.make_video_list(videos)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _load_images(self, images: ImageInput) -> ImageInput:
+        if isinstance(images, list | tuple):
+            return [self._load_images(image) for image in images]
+        if isinstance(images, str | os.PathLike):
+            try:
+                return self.image_processor.fetch_images(os.fspath(images))
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"'{images}' cannot be read as an image ({error}): check the path, and pass videos as videos."
+                ) from error
+        return images
+
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        audio=None,
+        **kwargs,
+    ):
+        if images is None and text is None and videos is None:
+            raise ValueError("There is nothing to process: pass `text`, `images` or `videos`.")
+        if audio is not None:
+            raise ValueError("Sound was passed as `audio`, but MambaMia only sees: leave it out.")
+        if text is None:
+            return
+        if not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"`text` holds a {type(text[0]).__name__}: pass a string or a list of strings.")
+        asked = [sum(sample.count(token) for sample in text) for token in (self.video_token, self.image_token)]
+        given = [0 if inputs is None else len(inputs) for inputs in (videos, images)]
+        if asked != given:
+            raise ValueError(
+                f"The text has placeholders for {asked[0]} videos ({self.video_token}) and {asked[1]} images "
+                f"({self.image_token}), but {given[0]} videos and {given[1]} images were passed: write one "
+                "placeholder for each, or use a chat with an entry of type video or image for each."
+            )
+
+    def _process_videos(
+        self, videos: VideoInput, keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs
+    ) -> tuple[BatchFeature, list[str]]:
+        processed = self.video_processor(videos, **kwargs)
+        replacements = [
+            self.replace_video_token(processed, video_idx, keep_frames=keep_frames, keep_ratio=keep_ratio)
+            for video_idx in range(len(videos))
+        ]
+        return processed, replacements
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.num_anchors
+
+    def replace_video_token(
+        self,
+        video_inputs: dict,
+        video_idx: int,
+        keep_frames: int | None = None,
+        keep_ratio: float | None = None,
+        **kwargs,
+    ) -> str:
+        num_frames = int(video_inputs["frame_mask"][video_idx].sum())
+        return self.video_token * self._num_video_tokens(num_frames, keep_frames, keep_ratio)
+
+    def _num_video_tokens(self, num_frames: int, keep_frames: int | None, keep_ratio: float | None) -> int:
+        if keep_frames is None and keep_ratio is None:
+            keep_frames, keep_ratio = self.keep_frames, self.keep_ratio
+        return num_kept_frames(num_frames, keep_frames, keep_ratio) * self.num_anchors
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """
+        Computes the number of placeholders that inputs of the given sizes get.
+
+        Args:
+            image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image.
+            video_sizes (`list[tuple[int, int, int]]`, *optional*): Sampled frames, height and width of each video.
+        """
+        videos_kwargs = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["videos_kwargs"]
+        budget = videos_kwargs.get("keep_frames"), videos_kwargs.get("keep_ratio")
+        data = {}
+        if image_sizes is not None:
+            data["num_image_tokens"] = [self.num_anchors] * len(image_sizes)
+            data["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None:
+            data["num_video_tokens"] = [
+                self._num_video_tokens(num_frames, *budget) for num_frames, _, _ in video_sizes
+            ]
+        return MultiModalData(**data)
+
+
+def _token_id(tokenizer, token: str) -> int | None:
+    if tokenizer is None:
+        return None
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(
+            f"The tokenizer has no token {token}: use that of Qwen2.5 or later, or add it with "
+            "`tokenizer.add_special_tokens`."
+        )
+    return token_id
+
+
+__all__ = ["MambaMiaProcessor"]

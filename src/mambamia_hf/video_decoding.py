@@ -1,0 +1,421 @@
+"""From a video file to the sampled frames, in bounded memory.
+
+A file is read in two passes. The first reads the packets without decoding any of them, and learns when every frame is
+shown and where decoding can start: this is exact for variable frame rates and for containers that state no duration
+and no number of frames, and takes some 4 µs a frame. The second decodes the wanted frames only: it seeks to the key
+frame before a wanted frame, unless decoding is already past that key frame, and stops at the wanted frame. Each wanted
+frame is converted and resized as soon as it is decoded, so that only resized frames are ever held.
+"""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
+from itertools import chain
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from huggingface_hub.utils import httpx
+from tqdm.auto import tqdm
+from transformers.video_utils import VideoMetadata
+
+
+VideoSource = str | os.PathLike | bytes | BinaryIO
+
+# In these codecs every packet is one shown frame, so frames that no other frame refers to can be left out exactly.
+_CODECS_WITH_ONE_FRAME_A_PACKET = ("h264", "hevc")
+
+
+@dataclass
+class TimedVideoMetadata(VideoMetadata):
+    """
+    `VideoMetadata` that knows when each frame is shown, also at a variable frame rate.
+
+    Args:
+        frame_timestamps (`np.ndarray` of shape `(total_num_frames,)`):
+            The time in seconds, from the start of the video, at which each frame of the file appears. `fps` is the
+            average, `total_num_frames / duration`.
+    """
+
+    frame_timestamps: InitVar[np.ndarray | None] = None
+
+    def __post_init__(self, frame_timestamps: np.ndarray | None):
+        self.frame_timestamps = frame_timestamps
+
+    @property
+    def timestamps(self) -> list[float]:
+        "Times in seconds from the start of the video at which the sampled frames appear."
+        return [float(self.frame_timestamps[index]) for index in self.frames_indices]
+
+
+@dataclass
+class _Packets:
+    """
+    The packets of a video stream in decoding order, as far as the file can be read.
+
+    Args:
+        pts (`np.ndarray` of shape `(num_packets,)`):
+            When the frame of each packet is shown, in units of the stream's time base. Where the container has no
+            timestamps, the frames are numbered instead.
+        keys (`np.ndarray` of shape `(num_keys,)`): The packets at which decoding can start.
+        shown (`np.ndarray` of shape `(num_frames,)`): The packets whose frames are shown, in the order of showing.
+        timed (`bool`): Whether the container has timestamps.
+    """
+
+    pts: np.ndarray
+    keys: np.ndarray
+    shown: np.ndarray
+    timed: bool
+
+    def starts(self, packet: int) -> np.ndarray:
+        "The packets from which the frame of `packet` can be decoded, the nearest last."
+        keys = self.keys[: np.searchsorted(self.keys, packet, side="right")]
+        # A frame that is shown before the key frame it follows in the file needs the key frame before that one.
+        usable = keys[self.pts[keys] <= self.pts[packet]]
+        return usable if len(usable) else np.zeros(1, dtype=int)
+
+
+class _SeekError(Exception):
+    "The container cannot be entered at a given packet."
+
+
+def decode_video(
+    source: VideoSource,
+    sample_indices_fn: Callable[..., np.ndarray] | None = None,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    progress: bool = False,
+) -> tuple[torch.Tensor, TimedVideoMetadata]:
+    """
+    Decodes the sampled frames of a video.
+
+    Frames are turned upright where the file says that they are recorded on their side. Resizing belongs into
+    `transform`: the result then equals that of decoding at full size and resizing afterwards, while only resized
+    frames are held.
+
+    Args:
+        source (`str`, `os.PathLike`, `bytes` or binary file object):
+            Path, http(s) URL or content of a video file. What is not a local path is copied to a temporary file.
+        sample_indices_fn (`Callable`, *optional*):
+            Called with `metadata=` ([`TimedVideoMetadata`]), returns the numbers of the wanted frames. All frames are
+            decoded without it.
+        transform (`Callable`, *optional*):
+            Applied to each wanted frame, a uint8 tensor of shape `(3, height, width)`.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        `tuple[torch.Tensor, TimedVideoMetadata]`: The frames, of shape `(num_frames, 3, height, width)` and uint8 (or
+        what `transform` makes of them), and their metadata, `frames_indices` and `timestamps` included.
+
+    Raises:
+        `FileNotFoundError`: if there is no file at the path.
+        `ValueError`: if the file holds no readable video, or the wanted frames are not frames of the video.
+
+    Warns:
+        `UserWarning`: if the file is cut off or damaged and only some of the frames can be read.
+    """
+    with _as_local_file(source) as (path, name):
+        with _open_video(path, name) as (container, stream):
+            packets, metadata = _read_packets(container, stream, name)
+
+        if sample_indices_fn is None:
+            indices = np.arange(metadata.total_num_frames)
+        else:
+            indices = np.asarray(sample_indices_fn(metadata=metadata), dtype=int)
+        if len(indices) == 0 or indices.min() < 0 or indices.max() >= metadata.total_num_frames:
+            raise ValueError(
+                f"Frames {indices.tolist()} were asked of {name}, which has frames 0 to "
+                f"{metadata.total_num_frames - 1}: ask for at least one frame and only for those it has."
+            )
+
+        unique_indices, inverse = np.unique(indices, return_inverse=True)
+        frames, found, size = _decode_frames(path, name, packets, unique_indices, transform, progress)
+
+    metadata.height, metadata.width = size
+    readable = found[inverse] >= 0
+    if not readable.all():
+        warnings.warn(
+            f"{name} is damaged: only {readable.sum()} of the {len(indices)} sampled frames can be decoded and are "
+            "used.",
+            stacklevel=2,
+        )
+        inverse = inverse[readable]
+    metadata.frames_indices = found[inverse].tolist()
+    if not np.array_equal(inverse, np.arange(len(frames))):
+        frames = frames[inverse]
+    return torch.from_numpy(frames), metadata
+
+
+@contextmanager
+def _as_local_file(source: VideoSource) -> Iterator[tuple[str, str]]:
+    "Gives the path of a local file with the video, and what to call the video in messages."
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "video")
+            try:
+                with httpx.stream("GET", source, follow_redirects=True) as response, open(path, "wb") as file:
+                    response.raise_for_status()
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+            except httpx.HTTPError as error:
+                raise ValueError(
+                    f"The video '{source}' could not be downloaded ({error}): check the address."
+                ) from error
+            yield path, f"'{source}'"
+    elif isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no video file at '{path}': check the path.")
+        if not os.path.isfile(path):
+            raise ValueError(f"'{path}' is a folder, not a video file: give the path of a file.")
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"The video file '{path}' is empty (0 bytes): copy or download it again.")
+        yield path, f"'{path}'"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "video")
+            with open(path, "wb") as file:
+                if isinstance(source, bytes):
+                    file.write(source)
+                else:
+                    shutil.copyfileobj(source, file)
+            if os.path.getsize(path) == 0:
+                raise ValueError("The given video is empty (0 bytes): give the whole content of a video file.")
+            yield path, "The given video"
+
+
+@contextmanager
+def _open_video(path: str, name: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    try:
+        # A playlist disguised as a video must not make the reader open network addresses.
+        container = av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{name} cannot be read as a video ({error.strerror}): it is not a video file, or its beginning or end is "
+            "missing; check that a video player plays it."
+        ) from error
+    with container:
+        format_name = container.format.name
+        if format_name == "image2" or format_name.endswith("_pipe"):
+            raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
+        if format_name == "tty":
+            raise ValueError(f"{name} is a text file where a video is meant: give the path of a video file.")
+        # The cover picture of a song is a video stream too.
+        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not streams:
+            found = sorted({stream.type for stream in container.streams})
+            raise ValueError(f"{name} has no video stream, only {found}: give a file with moving pictures.")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{name} uses a video codec that this FFmpeg cannot decode: convert it to H.264.")
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def _read_packets(
+    container: av.container.InputContainer, stream: av.VideoStream, name: str
+) -> tuple[_Packets, TimedVideoMetadata]:
+    "Reads all packets without decoding them; warns where the file is cut off."
+    pts, is_key, is_shown, durations = [], [], [], []
+    is_cut = False
+    try:
+        for packet in container.demux(stream):
+            if packet.pts is None and packet.size == 0:
+                continue  # marks the end of the stream
+            is_cut = packet.is_corrupt
+            pts.append(packet.pts)
+            is_key.append(packet.is_keyframe)
+            is_shown.append(packet.size > 0 and not packet.is_discard and not packet.is_corrupt)
+            durations.append(packet.duration or 0)
+    except av.FFmpegError:
+        is_cut = True
+
+    shown = np.flatnonzero(is_shown)
+    if len(shown) == 0:
+        raise ValueError(f"{name} has a video stream without any frame: it was cut off or never finished.")
+
+    # The average rate is unknown to streams without timestamps.
+    rate = float(stream.guessed_rate or stream.average_rate or 25)
+    timed = all(pts[packet] is not None for packet in shown)
+    if timed:
+        pts = np.array([0 if value is None else value for value in pts])
+        shown = shown[np.argsort(pts[shown], kind="stable")]
+        timestamps = (pts[shown] - pts[shown[0]]) * float(stream.time_base)
+        announced = _announced_duration(container, stream, start=float(pts[shown[0]] * stream.time_base))
+        # AVI understates how long a frame lasts.
+        gaps = np.diff(timestamps)
+        last_duration = max(durations[shown[-1]] * float(stream.time_base), gaps[gaps > 0].min(initial=np.inf))
+        duration = float(timestamps[-1] + (last_duration if np.isfinite(last_duration) else 1 / rate))
+    else:
+        pts = np.cumsum(is_shown) - 1
+        timestamps = np.arange(len(shown)) / rate
+        announced = None
+        duration = len(shown) / rate
+
+    # Clocks of containers may be coarse, and sound may go on a little longer.
+    if is_cut or (announced is not None and announced > 1.02 * duration + 0.25):
+        whole = f" of {announced:.1f}" if announced is not None else ""
+        warnings.warn(
+            f"{name} is cut off: the {len(shown)} frames that can be read, the first {duration:.1f}{whole} seconds, "
+            "are used.",
+            stacklevel=2,
+        )
+
+    metadata = TimedVideoMetadata(
+        total_num_frames=len(shown),
+        fps=len(shown) / duration,
+        width=stream.codec_context.width,
+        height=stream.codec_context.height,
+        duration=duration,
+        video_backend="pyav",
+        frame_timestamps=timestamps,
+    )
+    return _Packets(pts=pts, keys=np.flatnonzero(is_key), shown=shown, timed=timed), metadata
+
+
+def _announced_duration(container: av.container.InputContainer, stream: av.VideoStream, start: float) -> float | None:
+    "The seconds that the header states for the video stream, which starts at `start`, or else for the whole file."
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if "DURATION" in stream.metadata:  # how Matroska and WebM state it, as 00:00:25.025000000
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds) - start
+    return container.duration / av.time_base - start if container.duration else None
+
+
+def _decode_frames(
+    path: str,
+    name: str,
+    packets: _Packets,
+    indices: np.ndarray,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """
+    Decodes the frames numbered `indices` (ascending, each once).
+
+    Returns the frames, of shape `(len(indices), 3, height, width)`; the number of the frame that was found for each
+    index, -1 where none could be decoded; and the height and width of the frames in the file.
+    """
+    wanted = packets.shown[indices]
+    shown_pts = packets.pts[packets.shown]
+    frames, size, latest = None, None, None
+    found = np.full(len(indices), -1)
+    reformatter = VideoReformatter()  # one for all frames: setting one up takes far longer than a conversion
+    pending = deque(range(len(indices)))
+
+    def settle(i: int):
+        # The frame on display at a wanted time is the latest one by then; a damaged stretch, in which nothing since
+        # the last key frame could be decoded, has none.
+        nonlocal frames, size
+        if latest is None or latest[0] < packets.pts[packets.starts(wanted[i])[-1]]:
+            return
+        image = _to_upright_rgb(latest[1], reformatter, size)
+        size = size or image.shape[:2]
+        image = torch.from_numpy(image).permute(2, 0, 1)
+        image = (image if transform is None else transform(image)).numpy()
+        if frames is None:
+            frames = np.empty((len(indices), *image.shape), dtype=image.dtype)
+        frames[i] = image
+        found[i] = np.searchsorted(shown_pts, latest[0], side="right") - 1
+
+    with tqdm(total=len(indices), desc=f"Decoding {name}", unit="frame", disable=not progress) as bar:
+        for pts, frame in _decode_around(path, name, packets, wanted):
+            while pending and packets.pts[wanted[pending[0]]] < pts:
+                settle(pending.popleft())
+                bar.update()
+            if not pending:
+                break
+            latest = pts, frame
+        while pending:
+            settle(pending.popleft())
+            bar.update()
+
+    if frames is None:
+        raise ValueError(f"None of the {len(indices)} sampled frames of {name} can be decoded: the file is damaged.")
+    return frames, found, size
+
+
+def _to_upright_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None) -> np.ndarray:
+    "Converts a decoded frame to RGB, shape `(height, width, 3)`: that of `size` where given, else its own."
+    turns = round(frame.rotation / 90) % 4
+    height, width = size or ((frame.width, frame.height) if turns % 2 else (frame.height, frame.width))
+    if turns % 2:
+        height, width = width, height
+    image = reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+    return np.ascontiguousarray(np.rot90(image, turns))
+
+
+def _decode_around(path: str, name: str, packets: _Packets, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+    "Yields frames with their times (as in `packets.pts`), those of the `wanted` packets among them."
+    if packets.timed:
+        try:
+            with _open_video(path, name) as (container, stream):
+                for frame in _decode_by_seeking(container, stream, packets, wanted):
+                    if frame.pts is not None:
+                        yield frame.pts, frame
+            return
+        except _SeekError:
+            pass  # a rare container that can only be read from its beginning
+    with _open_video(path, name) as (container, stream):
+        frames = chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream))
+        for number, frame in enumerate(frames):
+            yield frame.pts if packets.timed else number, frame
+
+
+def _decode_by_seeking(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, wanted: np.ndarray
+) -> Iterator[av.VideoFrame]:
+    "Decodes, in order of time, from the last possible key frame to each of the `wanted` packets."
+    can_leave_out = stream.codec_context.name in _CODECS_WITH_ONE_FRAME_A_PACKET
+    wanted_pts = set(packets.pts[wanted].tolist())
+    incoming, position = container.demux(stream), 0
+    for start, last in sorted((int(packets.starts(packet)[-1]), int(packet)) for packet in wanted):
+        if start > position:
+            yield from _decode_packet(stream, None)  # what the decoder's threads still hold
+            incoming, position = _seek(container, stream, packets, start), start
+        while position <= last:
+            packet = next(incoming, None)
+            if packet is None:
+                return
+            if can_leave_out:
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
+            yield from _decode_packet(stream, packet)
+            position += 1
+    yield from _decode_packet(stream, None)
+
+
+def _seek(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, start: int
+) -> Iterator[av.Packet]:
+    "Moves to the packet `start`, a key frame, and gives the packets from there on."
+    # Some containers land a little after the time asked for: then asking for an earlier key frame helps.
+    for key in packets.starts(start)[:-4:-1]:
+        try:
+            container.seek(int(packets.pts[key]), stream=stream)
+        except av.FFmpegError:
+            break
+        incoming = container.demux(stream)
+        for packet in incoming:
+            if packet.is_keyframe and packet.pts == packets.pts[start]:
+                return chain([packet], incoming)
+            if packet.is_keyframe and packet.pts is not None and packet.pts > packets.pts[start]:
+                break
+    raise _SeekError
+
+
+def _decode_packet(stream: av.VideoStream, packet: av.Packet | None) -> list[av.VideoFrame]:
+    if packet is not None and packet.size == 0 and packet.pts is not None:
+        return []  # stands for a repeated frame; the decoder would take it for the end of the stream
+    try:
+        return stream.codec_context.decode(packet)
+    except av.FFmpegError:
+        return []  # a damaged packet: the frames that depend on it are missed and reported by the caller

@@ -1,0 +1,304 @@
+"""Video processor of MambaMia: samples, resizes and normalises videos from files, URLs, arrays or lists of images."""
+
+import os
+from functools import partial
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.utils import TensorType
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_frame, make_batched_metadata
+
+from .video_decoding import decode_video
+
+
+# Frames normalised at a time: bounds the memory beside the result.
+_CHUNK_FRAMES = 32
+
+
+class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
+    """
+    progress (`bool`, *optional*, defaults to `False`):
+        Whether to show a progress bar while a video file is decoded.
+    """
+
+    progress: bool | None
+
+
+def _stack_frames(frames: list) -> np.ndarray:
+    # Palettes and grey levels have no colour channels of their own; transparency is blended later, as for arrays.
+    frames = [
+        frame.convert("RGB") if isinstance(frame, Image.Image) and frame.mode not in ("RGB", "RGBA") else frame
+        for frame in frames
+    ]
+    arrays = [np.asarray(frame) for frame in frames]
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(f"The frames of a video have different shapes, {shapes}: resize them to one shape.")
+    return np.stack(arrays)
+
+
+class MambaMiaVideoProcessor(BaseVideoProcessor):
+    """
+    Turns videos into the `pixel_values_videos` that the vision tower takes.
+
+    Frames are sampled uniformly over the whole duration of a video: at each of the sampled times, the middles of equal
+    parts of the duration, the frame on display is taken. By default these are up to `fps` frames a second and at most
+    `num_frames`. In a call, `num_frames=N` asks for exactly N frames, and `fps=r` for r frames a second, still at most
+    the `num_frames` of this processor; the two together are an error.
+
+    Args:
+        num_frames (`int`, *optional*, defaults to 384):
+            The largest number of frames sampled from a video; `None` for no limit.
+        fps (`float`, *optional*, defaults to 2.0):
+            The largest number of frames sampled from a second; `None` for no limit.
+        do_sample_frames (`bool`, *optional*, defaults to `True`):
+            Whether to sample; all frames are used otherwise.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar while a video file is decoded.
+        kwargs:
+            The sizes, means and switches of every video processor of Transformers.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    size = {"height": 384, "width": 384}
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    do_resize = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = True
+    num_frames = 384
+    fps = 2.0
+    progress = False
+    valid_kwargs = MambaMiaVideoProcessorKwargs
+    model_input_names = ["pixel_values_videos", "frame_mask"]
+
+    def preprocess(self, videos: VideoInput, **kwargs: Unpack[MambaMiaVideoProcessorKwargs]) -> BatchFeature:
+        """
+        Args:
+            videos: Videos as paths, URLs, lists of frames, arrays or tensors, one or a (nested) list of them.
+            kwargs: Settings that differ from those of this processor for this call.
+
+        Returns:
+            [`BatchFeature`] with
+
+            - **pixel_values_videos** of shape `(num_videos, num_frames, 3, height, width)`, padded with zeros at the
+              end of shorter videos;
+            - **frame_mask** of shape `(num_videos, num_frames)`, bool, `True` for the frames of a video;
+            - **video_metadata**, a list of [`VideoMetadata`], if `return_metadata=True`. Those of video files tell the
+              true times of the frames as `timestamps`.
+        """
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        videos, metadata = self._load_videos(videos, **kwargs)
+        kwargs.update(video_metadata=metadata, do_sample_frames=False)
+        return super().preprocess(videos, **kwargs)
+
+    def make_video_list(self, videos: VideoInput) -> list[str | np.ndarray | torch.Tensor]:
+        """
+        Flattens the ways of passing videos into one list with an entry a video: a path or URL, or an array or tensor
+        of 4 dimensions.
+
+        A list of paths or URLs is a list of videos. Where they are nested as deeply as a chat nests them, conversation
+        by conversation and video by video, they are the images that are the frames of one video.
+
+        Raises:
+            `ValueError`: if an image is passed, or the type is none of the above.
+        """
+        return self._flatten_videos(videos, depth=0)
+
+    def _flatten_videos(self, item: VideoInput, depth: int) -> list[str | np.ndarray | torch.Tensor]:
+        if isinstance(item, str | os.PathLike):
+            return [os.fspath(item)]
+        if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 5:
+            return list(item)
+        if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 4:
+            return [item]
+        if is_valid_video_frame(item):
+            raise ValueError(
+                f"`videos` holds an image ({type(item).__name__}): pass images with `images=`, and a video as a path, "
+                "a list of frames or an array of 4 dimensions."
+            )
+        if not isinstance(item, list | tuple):
+            raise ValueError(
+                f"`videos` holds {item!r} ({type(item).__name__}): pass a video as a path, a URL, a list of frames or "
+                "an array of 4 dimensions."
+            )
+        if item and all(is_valid_video_frame(frame) for frame in item):
+            return [_stack_frames(item)]
+        if depth >= 2 and item and all(isinstance(frame, str) for frame in item):
+            return [_stack_frames(self.fetch_images(list(item)))]
+        return [video for child in item for video in self._flatten_videos(child, depth + 1)]
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        Chooses the frames to use.
+
+        Args:
+            metadata ([`VideoMetadata`]):
+                What is known about the video. Where it tells the times of all frames ([`TimedVideoMetadata`]), these
+                decide; otherwise the frames are taken to be equally far apart.
+            num_frames (`int`, *optional*):
+                The exact number of frames to sample.
+            fps (`float`, *optional*):
+                The number of frames to sample from each second, instead of the `fps` of this processor.
+
+        Returns:
+            `np.ndarray`: The numbers of the frames, ascending.
+
+        Raises:
+            `ValueError`: if both are given, if the video has fewer than `num_frames` frames, or if `fps` is given for
+            a video of unknown frame rate.
+        """
+        if num_frames is not None and fps is not None:
+            raise ValueError(
+                f"`num_frames={num_frames}` and `fps={fps}` are mutually exclusive arguments: pass only one of them."
+            )
+        total = metadata.total_num_frames
+        duration = total / metadata.fps if metadata.fps else None
+        if num_frames is not None:
+            if not 1 <= num_frames <= total:
+                raise ValueError(
+                    f"`num_frames={num_frames}` cannot be sampled from a video of {total} frames: ask for 1 to "
+                    f"{total}."
+                )
+            count = num_frames
+        else:
+            if fps is not None and duration is None:
+                raise ValueError(
+                    f"`fps={fps}` cannot be sampled from a video of unknown frame rate: pass `video_metadata` with "
+                    "its `fps`, or use `num_frames`."
+                )
+            if fps is not None and fps <= 0:
+                raise ValueError(f"`fps={fps}` frames a second cannot be sampled: ask for more than 0.")
+            rate = fps or self.fps
+            count = min(total, self.num_frames or total)
+            if rate and duration:
+                # Containers may round times to milliseconds, which must not cost a frame.
+                count = min(count, max(1, int((duration + 1e-3) * rate)))
+
+        positions = (np.arange(count) + 0.5) / count
+        timestamps = getattr(metadata, "frame_timestamps", None)
+        if timestamps is None:
+            return (positions * total + 1e-6).astype(int)
+        return np.searchsorted(timestamps, positions * metadata.duration + 1e-3, side="right") - 1
+
+    def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn=None, transform=None, progress=False):
+        """
+        Decodes video files with [`decode_video`]: one gives `(frames, metadata)`, a list gives a list of frames and a
+        list of metadata.
+        """
+        if isinstance(video_url_or_urls, list):
+            fetched = [self.fetch_videos(url, sample_indices_fn, transform, progress) for url in video_url_or_urls]
+            return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
+        return decode_video(video_url_or_urls, sample_indices_fn, transform, progress)
+
+    def _load_videos(
+        self,
+        videos: VideoInput,
+        video_metadata: list[VideoMetadata] | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        **kwargs,
+    ) -> tuple[list[torch.Tensor | np.ndarray], list[VideoMetadata]]:
+        "The sampled frames and the metadata of every video."
+        options = {
+            name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("do_sample_frames", "do_resize", "size", "resample", "default_to_square", "progress")
+        }
+        videos = self.make_video_list(videos)
+        if not videos:
+            raise ValueError("`videos` is an empty list: pass at least one video.")
+        given_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
+        if len(given_metadata) != len(videos):
+            raise ValueError(
+                f"There are {len(videos)} videos but {len(given_metadata)} entries in `video_metadata`: pass one for "
+                "each video."
+            )
+
+        sample = partial(self.sample_frames, num_frames=num_frames, fps=fps) if options["do_sample_frames"] else None
+        resize = None
+        if options["do_resize"]:
+            size = self._standardize_kwargs(size=options["size"], default_to_square=options["default_to_square"])
+            resize = partial(self.resize, size=size["size"], resample=options["resample"])
+
+        loaded, metadata = [], []
+        for video, known in zip(videos, given_metadata, strict=True):
+            if isinstance(video, str):
+                video, known = self.fetch_videos(video, sample, resize, options["progress"])
+            else:
+                video, known = self._sample_array(video, known, sample)
+            loaded.append(video)
+            metadata.append(known)
+        return loaded, metadata
+
+    def _sample_array(self, video, metadata: VideoMetadata, sample) -> tuple[torch.Tensor | np.ndarray, VideoMetadata]:
+        if len(video) == 0:
+            raise ValueError(f"A video of shape {tuple(video.shape)} has no frames: pass at least one frame.")
+        if sample is None:
+            return video, metadata
+        if metadata.total_num_frames != len(video):
+            raise ValueError(
+                f"`video_metadata` speaks of {metadata.total_num_frames} frames but the video has {len(video)}: "
+                "correct it, or pass `do_sample_frames=False` for frames that are sampled already."
+            )
+        indices = sample(metadata=metadata)
+        metadata.frames_indices = indices.tolist()
+        return video[indices], metadata
+
+    def _preprocess(
+        self,
+        videos: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | int | None,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | list[float] | None,
+        image_std: float | list[float] | None,
+        return_tensors: str | TensorType | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        longest = max(len(video) for video in videos)
+        frame_mask = torch.stack([torch.arange(longest, device=video.device) < len(video) for video in videos])
+        pixel_values = None
+        for i, video in enumerate(videos):
+            for start in range(0, len(video), _CHUNK_FRAMES):
+                frames = video[start : start + _CHUNK_FRAMES]
+                if do_resize:
+                    frames = self.resize(frames, size=size, resample=resample)
+                if do_center_crop:
+                    frames = self.center_crop(frames, crop_size)
+                frames = self.rescale_and_normalize(
+                    frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                )
+                if pixel_values is None:
+                    pixel_values = frames.new_zeros((len(videos), longest, *frames.shape[1:]))
+                if frames.shape[1:] != pixel_values.shape[2:]:
+                    raise ValueError(
+                        f"The videos have frames of different shapes, {tuple(pixel_values.shape[2:])} and "
+                        f"{tuple(frames.shape[1:])}, and cannot form one batch: pass a `size` with height and width, "
+                        "or one video at a time."
+                    )
+                pixel_values[i, start : start + len(frames)] = frames
+        data = {"pixel_values_videos": pixel_values, "frame_mask": frame_mask}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+__all__ = ["MambaMiaVideoProcessor"]

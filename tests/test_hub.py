@@ -1,0 +1,151 @@
+"""Checkpoints as others get them: with their own copy of the code, on a machine that does not have this package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_tokenizer
+from tiny_model import IMAGE_SIZE, NUM_ANCHORS, tiny_model
+from transformers import AutoModel, AutoProcessor, AutoVideoProcessor, SiglipImageProcessor
+
+from mambamia_hf import (
+    MambaMiaCompressor,
+    MambaMiaCompressorConfig,
+    MambaMiaProcessor,
+    MambaMiaVideoProcessor,
+)
+from mambamia_hf.needle import write_needle_video
+
+
+# Run where `mambamia_hf` cannot be imported: a folder, a video and a file to write the results to.
+STRANGER = """
+import sys
+sys.modules["mambamia_hf"] = None
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoVideoProcessor
+)
+folder, video, output = sys.argv[1:]
+trusted = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(folder, **trusted)
+content = [{"type": "video", "path": video}, {"type": "text", "text": "What appears?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+)
+logits = {}
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = auto.from_pretrained(folder, **trusted)
+    with torch.no_grad():
+        logits[auto.__name__] = model(**inputs).logits
+model.save_pretrained(folder + "_again")
+loaded = [
+    AutoConfig.from_pretrained(folder, **trusted),
+    AutoModel.from_pretrained(folder, **trusted),
+    AutoVideoProcessor.from_pretrained(folder, **trusted),
+    AutoModelForImageTextToText.from_pretrained(folder + "_again", **trusted),
+    processor,
+]
+torch.save({"logits": logits, "names": [type(thing).__name__ for thing in loaded]}, output)
+"""
+
+STRANGER_TO_THE_COMPRESSOR = """
+import sys
+sys.modules["mambamia_hf"] = None
+import torch
+from transformers import AutoModel
+folder, features, output = sys.argv[1:]
+compressor = AutoModel.from_pretrained(folder, trust_remote_code=True)
+torch.save(compressor(torch.load(features)).last_hidden_state.detach(), output)
+"""
+
+
+def run_stranger(code: str, tmp_path: Path, *arguments: Path):
+    """Runs `code` with Transformers' caches in `tmp_path` and returns what it saves in the last of `arguments`."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    return torch.load(arguments[-1])
+
+
+def tiny_processor() -> MambaMiaProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return MambaMiaProcessor(
+        image_processor=SiglipImageProcessor(size=size),
+        tokenizer=tiny_tokenizer(),
+        video_processor=MambaMiaVideoProcessor(size=size),
+        num_anchors=NUM_ANCHORS,
+    )
+
+
+def tiny_checkpoint(folder: Path) -> MambaMiaProcessor:
+    """Writes a model and a processor that fit each other, as one writes any."""
+    processor = tiny_processor()
+    model = tiny_model(
+        text_config={"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        delta_min_frames=2,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_checkpoint_carries_its_code(tmp_path):
+    folder = tmp_path / "checkpoint"
+    model, processor = tiny_checkpoint(folder)
+    video = write_needle_video(tmp_path / "video.mp4", 0, duration=10.0, size=(32, 32)).path
+    seen = run_stranger(STRANGER, tmp_path, folder, video, tmp_path / "seen.pt")
+    assert seen["names"] == [
+        "MambaMiaConfig",
+        "MambaMiaModel",
+        "MambaMiaVideoProcessor",
+        "MambaMiaForConditionalGeneration",
+        "MambaMiaProcessor",
+    ]
+    content = [{"type": "video", "path": str(video)}, {"type": "text", "text": "What appears?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    logits = model(**inputs).logits
+    assert logits.shape[1] < inputs["input_ids"].shape[1], "the selection should drop frames of this video"
+    assert len(seen["logits"]) == 2
+    for theirs in seen["logits"].values():
+        torch.testing.assert_close(theirs, logits)
+
+
+def test_compressor_carries_its_code(tmp_path):
+    torch.manual_seed(0)
+    config = MambaMiaCompressorConfig(
+        input_size=12, output_size=8, hidden_size=16, head_dim=8, state_size=4, patches_per_anchor=3
+    )
+    compressor = MambaMiaCompressor(config)
+    compressor.save_pretrained(tmp_path / "compressor")
+    features = torch.randn(1, 3, 9, 12)
+    torch.save(features, tmp_path / "features.pt")
+    seen = run_stranger(
+        STRANGER_TO_THE_COMPRESSOR, tmp_path, tmp_path / "compressor", tmp_path / "features.pt", tmp_path / "seen.pt"
+    )
+    torch.testing.assert_close(seen, compressor.eval()(features).last_hidden_state)
+    assert type(AutoModel.from_pretrained(tmp_path / "compressor")) is MambaMiaCompressor
+
+
+def test_auto_classes_find_the_package(tmp_path):
+    tiny_checkpoint(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is MambaMiaProcessor
+    assert type(AutoVideoProcessor.from_pretrained(tmp_path)) is MambaMiaVideoProcessor
+
+
+def test_import_needs_no_network():
+    code = """
+import socket
+def refuse(*arguments, **kwargs):
+    raise AssertionError("the import opened a connection")
+socket.socket.connect = refuse
+socket.create_connection = refuse
+import mambamia_hf
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

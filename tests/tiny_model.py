@@ -1,0 +1,78 @@
+"""A model of about 75K parameters whose outputs differ clearly from frame to frame."""
+
+import torch
+
+from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration
+
+
+IMAGE_TOKEN, VIDEO_TOKEN, VOCAB_SIZE = 3, 4, 99
+IMAGE_SIZE, NUM_ANCHORS = 32, 4
+
+VISION_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "vision_use_head": False,
+    "initializer_range": 0.2,
+}
+TEXT_CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+COMPRESSOR_CONFIG = {
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "state_size": 8,
+    "chunk_size": 16,
+    "patches_per_anchor": 4,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_config(vision_config: dict = (), text_config: dict = (), compressor_config: dict = (), **kwargs):
+    """A config that keeps every frame of videos of up to 4 frames; arguments add to its settings."""
+    settings = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "delta_threshold": 0.1}
+    return MambaMiaConfig(
+        vision_config={**VISION_CONFIG, **dict(vision_config)},
+        text_config={**TEXT_CONFIG, **dict(text_config)},
+        compressor_config={**COMPRESSOR_CONFIG, **dict(compressor_config)},
+        **{**settings, "delta_min_frames": 4, **kwargs},
+    )
+
+
+def tiny_model(**kwargs) -> MambaMiaForConditionalGeneration:
+    """A model of `tiny_config(**kwargs)` with weights that are the same each time."""
+    torch.manual_seed(0)
+    return MambaMiaForConditionalGeneration(tiny_config(**kwargs)).eval()
+
+
+def random_videos(num_videos: int, num_frames: int, seed: int = 0) -> torch.Tensor:
+    """`(num_videos, num_frames, 3, 32, 32)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_videos, num_frames, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def prompt(*parts: int | list[int]) -> torch.Tensor:
+    """`(1, length)`: a list is text tokens, a number n the placeholders of a video of n frames, "image" an image's."""
+    ids = []
+    for part in parts:
+        if part == "image":
+            ids += NUM_ANCHORS * [IMAGE_TOKEN]
+        else:
+            ids += part if isinstance(part, list) else part * NUM_ANCHORS * [VIDEO_TOKEN]
+    return torch.tensor([ids])
