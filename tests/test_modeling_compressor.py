@@ -263,3 +263,47 @@ def test_select_leaves_padding_out():
 def test_select_rejects(arguments):
     with pytest.raises(ValueError, match="|".join(arguments)):
         select_frames(torch.rand(1, 4), **arguments)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"mixer_type": "mamba1"},
+        {"mixer_type": "mamba1", "bidirectional": False, "gpa_placement": "pre_mixer"},
+        {"bidirectional": False},
+        {"gpa_placement": "pre_mixer"},
+        {"gpa_placement": None},
+        {"num_temporal_layers": 0},
+        {"temporal_bidirectional": True},
+        {"num_temporal_layers": 2},
+        {"input_norm": True},
+        {"patches_per_anchor": 1},
+        {"patches_per_anchor": 9},
+        {"n_groups": 2, "expand": 4},
+    ],
+    ids=str,
+)
+def test_variant_learns_saves_and_loads(variant, tmp_path):
+    compressor = tiny_compressor(**variant).train()
+    features = torch.randn(2, 4, 9, 12)
+    target = torch.randn(2, 4, 9 // compressor.config.patches_per_anchor, 20)
+    optimizer = torch.optim.Adam(compressor.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = (compressor(features).last_hidden_state - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad is not None for parameter in compressor.parameters())
+    compressor.eval().save_pretrained(tmp_path)
+    loaded = MambaMiaCompressor.from_pretrained(tmp_path)
+    output, expected = loaded(features), compressor(features)
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    assert (output.frame_deltas is None) == (compressor.config.num_temporal_layers == 0)
+
+
+def test_mamba1_deltas_are_positive():
+    deltas = tiny_compressor(mixer_type="mamba1")(torch.randn(1, 5, 9, 12)).frame_deltas
+    assert deltas.shape == (1, 5) and (deltas > 0).all()

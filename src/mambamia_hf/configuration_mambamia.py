@@ -51,9 +51,11 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         patches_per_anchor (`int`, defaults to 24): patches in a row, after which one anchor is inserted.
         bidirectional (`bool`, defaults to `True`): whether stage 1 scans both ways.
         temporal_bidirectional (`bool`, defaults to `False`): whether stage 2 does. Δ is the forward scan's.
-        gpa_placement (`str`, defaults to `"post_mixer"`): `"post_mixer"` replaces the anchors in the residual stream
-            after each mixer (the paper's equations); `"pre_mixer"` replaces them in the mixer's input only and keeps
-            the gate within [0.01, 0.99] (the released code).
+        mixer_type (`str`, defaults to `"mamba2"`): `"mamba2"`, or `"mamba1"`, which takes no heads and no groups.
+        input_norm (`bool`, defaults to `False`): whether a layer norm follows the insertion of the anchors.
+        gpa_placement (`str`, *optional*, defaults to `"post_mixer"`): `"post_mixer"` replaces the anchors in the
+            residual stream after each mixer (the paper's equations); `"pre_mixer"` replaces them in the mixer's input
+            only and keeps the gate within [0.01, 0.99] (the released code); `None` leaves GPA out.
         gpa_dropout (`float`, defaults to 0.1): dropout on the anchor on its way into the attention and the gate.
         time_step_limit (`tuple`, defaults to `(0.0, inf)`): range that Δ is clamped to.
         time_step_min, time_step_max (`float`, default to 0.001 and 0.1): Δ at initialisation is log-uniform between.
@@ -83,7 +85,9 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     patches_per_anchor: int = 24
     bidirectional: bool = True
     temporal_bidirectional: bool = False
-    gpa_placement: Literal["post_mixer", "pre_mixer"] = "post_mixer"
+    mixer_type: Literal["mamba2", "mamba1"] = "mamba2"
+    input_norm: bool = False
+    gpa_placement: Literal["post_mixer", "pre_mixer"] | None = "post_mixer"
     gpa_dropout: float | int = 0.1
     time_step_limit: list[float | int] | tuple[float | int, ...] = (0.0, float("inf"))
     time_step_min: float = 0.001

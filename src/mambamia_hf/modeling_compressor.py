@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_mambamia import MambaMiaCompressorConfig, num_kept_frames
+from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan
 
 
@@ -31,33 +32,34 @@ class MambaMiaCompressorOutput(ModelOutput):
 
 
 @use_kernelized_func([_kernel_chunk_scan, _kernel_causal_conv1d])
-class MambaMiaSSM(nn.Module):
-    """One direction of a mixer: causal convolution, selective scan, RMS norm."""
+class MambaMiaMamba2SSM(nn.Module):
+    """One direction of a Mamba-2 mixer: causal convolution, scan with one A a head, RMS norm."""
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
         self.config = config
-        channels = config.intermediate_size + 2 * config.n_groups * config.state_size
+        state_width = config.n_groups * config.state_size
+        self.x_split = [config.intermediate_size, state_width, state_width]
+        channels = sum(self.x_split)
+        self.input_split = [channels, config.num_heads]
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.norm = nn.Parameter(torch.empty(config.intermediate_size))
 
-    def forward(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            xBC: `(batch, length, intermediate_size + 2 * n_groups * state_size)`.
-            dt: `(batch, length, heads)`, before bias and softplus.
+            inputs: `(batch, length, intermediate_size + 2 * n_groups * state_size + heads)`: x, B, C and dt.
 
         Returns:
             The normed output of the scan `(batch, length, intermediate_size)`, before the gate, and the step sizes Δ
             that the scan took `(batch, length, heads)`, in float32.
         """
         config = self.config
-        state_width = config.n_groups * config.state_size
-        xBC = causal_conv1d_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = xBC.split([config.intermediate_size, state_width, state_width], dim=-1)
+        xBC, dt = inputs.split(self.input_split, dim=-1)
+        x, B, C = causal_conv1d_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)
         y = ssd_chunk_scan(
             x.unflatten(-1, (-1, config.head_dim)),
@@ -73,26 +75,50 @@ class MambaMiaSSM(nn.Module):
         return y.flatten(2) * self.norm, delta
 
 
+@use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])
+class MambaMiaMamba1SSM(nn.Module):
+    """One direction of a Mamba-1 mixer: causal convolution, Δ, B and C from its output, scan with one A a channel."""
+
+    def __init__(self, config: MambaMiaCompressorConfig):
+        super().__init__()
+        self.config = config
+        channels, rank = config.intermediate_size, math.ceil(config.hidden_size / 16)
+        self.input_split = [channels]
+        self.x_split = [rank, config.state_size, config.state_size]
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.x_proj = nn.Linear(channels, sum(self.x_split), bias=False)
+        self.dt_proj = nn.Linear(rank, channels, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.A_log = nn.Parameter(torch.empty(channels, config.state_size))
+        self.D = nn.Parameter(torch.empty(channels))
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`(batch, length, intermediate_size)` to the output of the scan and its Δ, both of the same shape."""
+        x = causal_conv1d_silu(inputs, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
+        delta = nn.functional.softplus(self.dt_proj(dt).float() + self.dt_bias.float())
+        delta = delta.clamp(*self.config.time_step_limit)
+        return selective_scan(x, delta, -self.A_log.float().exp(), B, C, self.D), delta
+
+
 class MambaMiaMixer(nn.Module):
-    """Mamba2 mixer, in one direction or both; what the directions share is `in_proj`, the gate and `out_proj`."""
+    """State-space mixer, in one direction or both; what the directions share is `in_proj`, the gate and `out_proj`."""
 
     def __init__(self, config: MambaMiaCompressorConfig, bidirectional: bool):
         super().__init__()
-        gate_width = config.intermediate_size
-        xBC_width = config.intermediate_size + 2 * config.n_groups * config.state_size
-        self.split_sizes = [gate_width, xBC_width, config.num_heads]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=False)
-        self.forward_ssm = MambaMiaSSM(config)
-        self.backward_ssm = MambaMiaSSM(config) if bidirectional else None
+        ssm_class = MambaMiaMamba2SSM if config.mixer_type == "mamba2" else MambaMiaMamba1SSM
+        self.forward_ssm = ssm_class(config)
+        self.backward_ssm = ssm_class(config) if bidirectional else None
+        self.in_split = [config.intermediate_size, sum(self.forward_ssm.input_split)]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.in_split), bias=False)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """`(batch, length, hidden_size)` to the same shape, and the forward scan's Δ `(batch, length, heads)`."""
-        z, xBC, dt = self.in_proj(hidden_states).split(self.split_sizes, dim=-1)
-        y, delta = self.forward_ssm(xBC, dt)
+        z, inputs = self.in_proj(hidden_states).split(self.in_split, dim=-1)
+        y, delta = self.forward_ssm(inputs)
         if self.backward_ssm is not None:
-            y_backward, _ = self.backward_ssm(xBC.flip(1), dt.flip(1))
-            y = y + y_backward.flip(1)
+            y = y + self.backward_ssm(inputs.flip(1))[0].flip(1)
         return self.out_proj(y * nn.functional.silu(z)), delta
 
 
@@ -128,14 +154,15 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = MambaMiaMixer(config, config.bidirectional)
-        self.gpa = MambaMiaGatedPatchAggregation(config)
+        self.gpa = None if config.gpa_placement is None else MambaMiaGatedPatchAggregation(config)
         self.gpa_placement = config.gpa_placement
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(batch, rows * (K + 1), hidden_size)` to the same shape."""
         if self.gpa_placement == "pre_mixer":
             return hidden_states + self.mixer(self.gpa(self.norm(hidden_states)))[0]
-        return self.gpa(hidden_states + self.mixer(self.norm(hidden_states))[0])
+        hidden_states = hidden_states + self.mixer(self.norm(hidden_states))[0]
+        return hidden_states if self.gpa is None else self.gpa(hidden_states)
 
 
 class MambaMiaTemporalBlock(GradientCheckpointingLayer):
@@ -167,19 +194,21 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         config = self.config
-        if isinstance(module, MambaMiaSSM):
+        if isinstance(module, MambaMiaMamba2SSM | MambaMiaMamba1SSM):
             dt = torch.empty_like(module.dt_bias, dtype=torch.float32)
             dt.uniform_(math.log(config.time_step_min), math.log(config.time_step_max))
             dt = dt.exp().clamp(min=config.time_step_floor)
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-            init.uniform_(module.A_log, *config.A_init_range)
-            init.copy_(module.A_log, module.A_log.log())
             init.ones_(module.D)
-            init.ones_(module.norm)
             init.uniform_(module.conv1d.weight, -(config.conv_kernel**-0.5), config.conv_kernel**-0.5)
+            if isinstance(module, MambaMiaMamba2SSM):
+                init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(*config.A_init_range).log())
+                init.ones_(module.norm)
+            else:
+                init.copy_(module.A_log, torch.arange(1, config.state_size + 1).log().expand_as(module.A_log))
         elif isinstance(module, MambaMiaCompressor):
             init.normal_(module.anchor, std=config.initializer_range)
-            for layer in module.layers:
+            for layer in module.layers if config.gpa_placement is not None else ():
                 for projection in (layer.gpa.weight_proj, layer.gpa.gate_proj):
                     init.normal_(projection.weight, std=1e-3 * config.initializer_range)
 
@@ -198,6 +227,7 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         super().__init__(config)
         self.input_proj = nn.Linear(config.input_size, config.hidden_size)
         self.anchor = nn.Parameter(torch.empty(config.hidden_size))
+        self.input_norm = nn.LayerNorm(config.hidden_size) if config.input_norm else nn.Identity()
         self.layers = nn.ModuleList(MambaMiaSpatialBlock(config) for _ in range(config.num_hidden_layers))
         self.temporal_layers = nn.ModuleList(MambaMiaTemporalBlock(config) for _ in range(config.num_temporal_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -234,7 +264,7 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         batch_size, num_frames = features.shape[:2]
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it one frame at least.")
-        hidden_states = self.insert_anchors(self.input_proj(features))
+        hidden_states = self.input_norm(self.insert_anchors(self.input_proj(features)))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         anchors = hidden_states.unflatten(1, (num_frames, -1, self.config.patches_per_anchor + 1))[:, :, :, -1]

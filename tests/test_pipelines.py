@@ -1,0 +1,42 @@
+import pytest
+from PIL import Image
+from test_hub import tiny_checkpoint
+from transformers import pipeline
+
+from mambamia_hf.needle import write_needle_video
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_checkpoint(folder)
+    write_needle_video(folder / "video.mp4", 0, duration=10.0, size=(32, 32))
+    return folder
+
+
+def test_any_to_any_in_a_chat(checkpoint):
+    answerer = pipeline("any-to-any", model=str(checkpoint))
+    content = [
+        {"type": "video", "path": str(checkpoint / "video.mp4")},
+        {"type": "text", "text": "What appears?"},
+    ]
+    output = answerer([{"role": "user", "content": content}], max_new_tokens=3)
+    assert output[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_any_to_any_with_videos(checkpoint):
+    answerer = pipeline("any-to-any", model=str(checkpoint))
+    output = answerer(
+        text="<|video_pad|>What appears?",
+        videos=str(checkpoint / "video.mp4"),
+        max_new_tokens=3,
+        return_full_text=False,
+    )
+    assert isinstance(output[0]["generated_text"], str)
+
+
+def test_image_text_to_text(checkpoint):
+    answerer = pipeline("image-text-to-text", model=str(checkpoint))
+    content = [{"type": "image", "image": Image.new("RGB", (40, 30))}, {"type": "text", "text": "What appears?"}]
+    output = answerer(text=[{"role": "user", "content": content}], max_new_tokens=3)
+    assert output[0]["generated_text"][-1]["role"] == "assistant"
