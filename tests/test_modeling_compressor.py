@@ -3,8 +3,9 @@ import torch
 from golden import load_golden
 from torch import nn
 
-from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, select_frames
-from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation, MambaMiaMixer
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, modeling_compressor, select_frames
+from mambamia_hf.convert_original_checkpoint import compressor_from_original
+from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation
 
 
 def tiny_config(**kwargs) -> MambaMiaCompressorConfig:
@@ -26,44 +27,17 @@ def tiny_compressor(**kwargs) -> MambaMiaCompressor:
     return MambaMiaCompressor(tiny_config(**kwargs)).eval()
 
 
-# The released layout in our names. A direction's tensors carry `_b` where they are the backward scan's.
-RELEASED_MIXER = {
-    "in_proj.weight": "in_proj.weight",
-    "out_proj.weight": "out_proj.weight",
-    **{f"conv1d.{kind}": f"forward_ssm.conv1d.{kind}" for kind in ("weight", "bias")},
-    **{f"conv1d_b.{kind}": f"backward_ssm.conv1d.{kind}" for kind in ("weight", "bias")},
-    **{name: f"forward_ssm.{name}" for name in ("dt_bias", "A_log", "D")},
-    **{"dt_bias_b": "backward_ssm.dt_bias", "A_b_log": "backward_ssm.A_log", "D_b": "backward_ssm.D"},
-    **{"norm.weight": "forward_ssm.norm", "norm_b.weight": "backward_ssm.norm"},
-}
-RELEASED_COMPRESSOR = {
-    "query_token": "anchor",
-    "model.norm_f.weight": "norm.weight",
-    **{f"{name}.{kind}": f"{name}.{kind}" for name in ("input_proj", "output_proj") for kind in ("weight", "bias")},
-}
-
-
-def released_compressor_name(name: str) -> str:
-    if not name.startswith("model.layers."):
-        return RELEASED_COMPRESSOR[name]
-    _, _, layer, part, *rest = name.split(".")
-    rest = ".".join(rest)
-    ours = {
-        "norm": f"norm.{rest}",
-        "weight_fc": f"gpa.weight_proj.{rest}",
-        "gate_fc": f"gpa.gate_proj.{rest}",
-        "mixer": f"mixer.{RELEASED_MIXER.get(rest)}",
-    }
-    return f"layers.{layer}.{ours[part]}"
-
-
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
 def test_golden_mixer(direction):
-    tensors, _ = load_golden(f"mixer_{direction}")
-    config = tiny_config(hidden_size=64, head_dim=32, state_size=16, chunk_size=32)
-    mixer = MambaMiaMixer(config, bidirectional=direction == "bidirectional")
+    tensors, settings = load_golden(f"mixer_{direction}")
     hidden_states, expected = tensors.pop("input"), tensors.pop("output")
-    mixer.load_state_dict({RELEASED_MIXER[name]: tensor for name, tensor in tensors.items()})
+    around = {"norm.weight": (64,), "weight_fc.weight": (3, 64), "weight_fc.bias": 3, "gate_fc.weight": (1, 64)}
+    state_dict = {f"model.layers.0.{name}": torch.ones(shape) for name, shape in {**around, "gate_fc.bias": 1}.items()}
+    state_dict |= {f"model.layers.0.mixer.{name}": tensor for name, tensor in tensors.items()}
+    state_dict |= {f"{name}.weight": torch.ones(64, 64) for name in ("input_proj", "output_proj")}
+    for name in ("input_proj.bias", "output_proj.bias", "query_token", "model.norm_f.weight"):
+        state_dict[name] = torch.ones(64)
+    mixer = compressor_from_original(state_dict, **golden_sizes(settings)).layers[0].mixer
     torch.testing.assert_close(mixer(hidden_states)[0], expected, atol=1e-4, rtol=0)
 
 
@@ -71,22 +45,14 @@ def test_golden_mixer(direction):
 def test_golden_compressor(direction):
     tensors, settings = load_golden(f"compressor_{direction}")
     features, expected = tensors.pop("input"), tensors.pop("output")
-    compressor = tiny_compressor(
-        input_size=features.shape[-1],
-        output_size=expected.shape[-1],
-        hidden_size=64,
-        num_hidden_layers=int(settings["layers"]),
-        num_temporal_layers=0,
-        head_dim=32,
-        state_size=16,
-        patches_per_anchor=int(settings["patches_per_query"]),
-        bidirectional=direction == "bidirectional",
-        gpa_placement="pre_mixer",
-    )
-    compressor.load_state_dict({released_compressor_name(name): tensor for name, tensor in tensors.items()})
+    compressor = compressor_from_original(tensors, **golden_sizes(settings))
     output = compressor(features)
     torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-4, rtol=0)
     assert output.frame_deltas is None
+
+
+def golden_sizes(settings: dict[str, str]) -> dict[str, int]:
+    return {name: int(settings[name]) for name in ("head_dim", "state_size", "n_groups", "chunk_size")}
 
 
 def test_output_shapes():
@@ -307,3 +273,32 @@ def test_variant_learns_saves_and_loads(variant, tmp_path):
 def test_mamba1_deltas_are_positive():
     deltas = tiny_compressor(mixer_type="mamba1")(torch.randn(1, 5, 9, 12)).frame_deltas
     assert deltas.shape == (1, 5) and (deltas > 0).all()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"bidirectional": False},
+        {"gpa_placement": "pre_mixer"},
+        {"gpa_placement": None},
+        {"patches_per_anchor": 1},
+        {"conv_kernel": 2},
+        {"n_groups": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("segment_length", [24, 100, 239])
+def test_segments_change_nothing(variant, segment_length, monkeypatch):
+    compressor = tiny_compressor(initializer_range=0.3, **variant)
+    features = torch.randn(2, 20, 9, 12)
+    whole = compressor(features)
+    monkeypatch.setattr(modeling_compressor, "_SEGMENT_TOKENS", segment_length)
+    calls = []
+    for layer in compressor.layers:
+        monkeypatch.setattr(layer, "forward", lambda *args: calls.append(args))
+    with torch.no_grad():
+        in_segments = compressor(features)
+    assert not calls, "the whole sequence went through a layer at once"
+    torch.testing.assert_close(in_segments.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(in_segments.frame_deltas, whole.frame_deltas, atol=1e-5, rtol=1e-5)

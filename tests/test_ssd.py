@@ -4,7 +4,7 @@ from golden import load_golden
 from torch.nn.functional import conv1d, silu, softplus
 
 from mambamia_hf import ssd
-from mambamia_hf.ssd import causal_conv1d_silu, ssd_chunk_scan
+from mambamia_hf.ssd import causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
 
 
 def scan_inputs(batch=2, length=37, heads=4, head_dim=8, groups=2, state=6, dtype=torch.float64, grad=False):
@@ -141,3 +141,18 @@ def test_convolution(length):
     x, weight, bias = torch.randn(2, length, 5), torch.randn(5, 4), torch.randn(5)
     expected = conv1d(x.mT, weight.unsqueeze(1), bias, padding=3, groups=5)[..., :length].mT
     torch.testing.assert_close(causal_conv1d_silu(x, weight, bias), silu(expected))
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+def test_final_states_alone(with_states):
+    inputs = scan_inputs(length=53)
+    x, dt, A, B, C = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
+    states = inputs["initial_states"] if with_states else None
+    _, expected = recurrence(x, dt.abs(), A, B, C, initial_states=states)
+    torch.testing.assert_close(ssd_final_states(x, dt.abs(), A, B, states), expected)
+
+
+def test_convolution_goes_on_after_a_context():
+    x, weight, bias = torch.randn(2, 20, 5), torch.randn(5, 4), torch.randn(5)
+    whole = causal_conv1d_silu(x, weight, bias)
+    torch.testing.assert_close(causal_conv1d_silu(x[:, 8:], weight, bias, context=x[:, 5:8]), whole[:, 8:])

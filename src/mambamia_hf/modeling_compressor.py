@@ -13,7 +13,11 @@ from transformers.utils import ModelOutput
 
 from .configuration_mambamia import MambaMiaCompressorConfig, num_kept_frames
 from .selective_scan import _kernel_selective_scan, selective_scan
-from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan
+from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
+
+
+# Longer sequences run through stage 1 in segments of so many tokens, where no gradient is asked for.
+_SEGMENT_TOKENS = 4800
 
 
 @dataclass
@@ -48,31 +52,50 @@ class MambaMiaMamba2SSM(nn.Module):
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.norm = nn.Parameter(torch.empty(config.intermediate_size))
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: Tensor, context: Tensor | None = None, initial_states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             inputs: `(batch, length, intermediate_size + 2 * n_groups * state_size + heads)`: x, B, C and dt.
+            context: `(batch, conv_kernel - 1, ...)`, the inputs before these, zero where absent.
+            initial_states: `(batch, heads, head_dim, state_size)`, zero where absent.
 
         Returns:
-            The normed output of the scan `(batch, length, intermediate_size)`, before the gate, and the step sizes Δ
-            that the scan took `(batch, length, heads)`, in float32.
+            The normed output of the scan `(batch, length, intermediate_size)`, before the gate; the step sizes Δ that
+            the scan took `(batch, length, heads)`, in float32; and the states after the last token.
         """
         config = self.config
-        xBC, dt = inputs.split(self.input_split, dim=-1)
-        x, B, C = causal_conv1d_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias).split(self.x_split, dim=-1)
-        delta = nn.functional.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)
-        y = ssd_chunk_scan(
-            x.unflatten(-1, (-1, config.head_dim)),
+        x, B, C, delta, A = self._discretize(inputs, context)
+        y, states = ssd_chunk_scan(
+            x,
             delta,
-            -self.A_log.float().exp(),
-            B.unflatten(-1, (config.n_groups, -1)),
-            C.unflatten(-1, (config.n_groups, -1)),
+            A,
+            B,
+            C,
             config.chunk_size,
             D=self.D,
+            initial_states=initial_states,
+            return_final_states=True,
         )
         y = y.flatten(2).unflatten(-1, (config.n_groups, -1))
         y = nn.functional.rms_norm(y, y.shape[-1:], eps=config.rms_norm_eps)
-        return y.flatten(2) * self.norm, delta
+        return y.flatten(2) * self.norm, delta, states
+
+    def final_states(self, inputs: Tensor, context: Tensor | None, initial_states: Tensor | None) -> Tensor:
+        """The states after the last token alone; arguments as in `forward`."""
+        x, B, _, delta, A = self._discretize(inputs, context)
+        return ssd_final_states(x, delta, A, B, initial_states)
+
+    def _discretize(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        config = self.config
+        xBC, dt = inputs.split(self.input_split, dim=-1)
+        context = None if context is None else context[..., : xBC.shape[-1]]
+        xBC = causal_conv1d_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, context)
+        x, B, C = xBC.split(self.x_split, dim=-1)
+        B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
+        delta = nn.functional.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)
+        return x.unflatten(-1, (-1, config.head_dim)), B, C, delta, -self.A_log.float().exp()
 
 
 @use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])
@@ -92,13 +115,13 @@ class MambaMiaMamba1SSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(channels, config.state_size))
         self.D = nn.Parameter(torch.empty(channels))
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, None]:
         """`(batch, length, intermediate_size)` to the output of the scan and its Δ, both of the same shape."""
         x = causal_conv1d_silu(inputs, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(self.dt_proj(dt).float() + self.dt_bias.float())
         delta = delta.clamp(*self.config.time_step_limit)
-        return selective_scan(x, delta, -self.A_log.float().exp(), B, C, self.D), delta
+        return selective_scan(x, delta, -self.A_log.float().exp(), B, C, self.D), delta, None
 
 
 class MambaMiaMixer(nn.Module):
@@ -106,6 +129,7 @@ class MambaMiaMixer(nn.Module):
 
     def __init__(self, config: MambaMiaCompressorConfig, bidirectional: bool):
         super().__init__()
+        self.conv_kernel, self.patches_per_anchor = config.conv_kernel, config.patches_per_anchor
         ssm_class = MambaMiaMamba2SSM if config.mixer_type == "mamba2" else MambaMiaMamba1SSM
         self.forward_ssm = ssm_class(config)
         self.backward_ssm = ssm_class(config) if bidirectional else None
@@ -115,11 +139,18 @@ class MambaMiaMixer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """`(batch, length, hidden_size)` to the same shape, and the forward scan's Δ `(batch, length, heads)`."""
-        z, inputs = self.in_proj(hidden_states).split(self.in_split, dim=-1)
-        y, delta = self.forward_ssm(inputs)
+        z, inputs = self.project(hidden_states)
+        y, delta, _ = self.forward_ssm(inputs)
         if self.backward_ssm is not None:
             y = y + self.backward_ssm(inputs.flip(1))[0].flip(1)
-        return self.out_proj(y * nn.functional.silu(z)), delta
+        return self.gate_and_project(y, z), delta
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate z and what the scans of both directions take."""
+        return self.in_proj(hidden_states).split(self.in_split, dim=-1)
+
+    def gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(y * nn.functional.silu(z))
 
 
 class MambaMiaGatedPatchAggregation(nn.Module):
@@ -159,10 +190,55 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(batch, rows * (K + 1), hidden_size)` to the same shape."""
-        if self.gpa_placement == "pre_mixer":
-            return hidden_states + self.mixer(self.gpa(self.norm(hidden_states)))[0]
-        hidden_states = hidden_states + self.mixer(self.norm(hidden_states))[0]
-        return hidden_states if self.gpa is None else self.gpa(hidden_states)
+        return self._mixed(hidden_states, self.mixer(self._mixer_input(hidden_states))[0])
+
+    def _mixer_input(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.norm(hidden_states)
+        return self.gpa(hidden_states) if self.gpa_placement == "pre_mixer" else hidden_states
+
+    def _mixed(self, hidden_states: Tensor, mixer_output: Tensor) -> Tensor:
+        hidden_states = hidden_states + mixer_output
+        return self.gpa(hidden_states) if self.gpa_placement == "post_mixer" else hidden_states
+
+    @torch.no_grad()
+    def forward_(self, hidden_states: Tensor, segment_length: int):
+        """`forward` in place and exactly, segment by segment, in memory that does not grow with the length.
+
+        First the backward scan's states at the boundaries are found from right to left, then one sweep from left to
+        right finishes both directions.
+
+        Args:
+            hidden_states: `(batch, rows * (K + 1), hidden_size)`.
+            segment_length: a whole number of rows, K + 1 tokens each, and no shorter than the convolution.
+        """
+        mixer, length = self.mixer, hidden_states.shape[1]
+        taps, row = mixer.conv_kernel - 1, mixer.patches_per_anchor + 1
+        look_ahead = math.ceil(taps / row) * row  # GPA needs whole rows, the convolution `taps` tokens
+        segments = [(start, min(start + segment_length, length)) for start in range(0, length, segment_length)]
+
+        def project(start: int, end: int) -> tuple[Tensor, Tensor]:
+            z, inputs = mixer.project(self._mixer_input(hidden_states[:, start : min(end + look_ahead, length)]))
+            return z[:, : end - start], inputs[:, : end - start + taps]
+
+        entering = [None] * len(segments)
+        for index in range(len(segments) - 1, 0, -1) if mixer.backward_ssm is not None else ():
+            start, end = segments[index]
+            _, inputs = project(start, end)
+            following, inputs = inputs[:, end - start :].flip(1), inputs[:, : end - start].flip(1)
+            entering[index - 1] = mixer.backward_ssm.final_states(
+                inputs, following if following.shape[1] else None, entering[index]
+            )
+        previous = states = None
+        for (start, end), backward_states in zip(segments, entering, strict=True):
+            z, inputs = project(start, end)
+            following, inputs = inputs[:, end - start :].flip(1), inputs[:, : end - start]
+            y, _, states = mixer.forward_ssm(inputs, previous, states)
+            if mixer.backward_ssm is not None:
+                following = following if following.shape[1] else None
+                y += mixer.backward_ssm(inputs.flip(1), following, backward_states)[0].flip(1)
+            previous = inputs[:, -taps:].clone()
+            segment = hidden_states[:, start:end]
+            segment.copy_(self._mixed(segment, mixer.gate_and_project(y, z)))
 
 
 class MambaMiaTemporalBlock(GradientCheckpointingLayer):
@@ -265,8 +341,13 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it one frame at least.")
         hidden_states = self.input_norm(self.insert_anchors(self.input_proj(features)))
+        segment_length = _SEGMENT_TOKENS // (self.config.patches_per_anchor + 1) * (self.config.patches_per_anchor + 1)
+        in_segments = not torch.is_grad_enabled() and self.config.mixer_type == "mamba2" and segment_length > 0
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
+            if in_segments and hidden_states.shape[1] > segment_length:
+                layer.forward_(hidden_states, segment_length)
+            else:
+                hidden_states = layer(hidden_states)
         anchors = hidden_states.unflatten(1, (num_frames, -1, self.config.patches_per_anchor + 1))[:, :, :, -1]
         deltas = None
         for layer in self.temporal_layers:

@@ -85,19 +85,49 @@ def ssd_chunk_scan(
     )
 
 
-def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states: Tensor | None = None) -> Tensor:
+    """The states after the last token alone, at a fraction of the price of `ssd_chunk_scan`.
+
+    Args:
+        x: `(b, l, h, p)`.
+        dt: `(b, l, h)`, the step size Δ itself.
+        A: `(h,)`, negative.
+        B: `(b, l, g, n)`.
+        initial_states: `(b, h, p, n)`, zero where absent.
+
+    Returns:
+        `(b, h, p, n)`, in float32 (float64 for float64 inputs).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    groups, head_dim = B.shape[2], x.shape[3]
+    log_decay = (dt.to(dtype) * A.to(dtype)).cumsum(dim=1, dtype=torch.float64)
+    to_end = (log_decay[:, -1:] - log_decay).to(dtype).exp()
+    x = x.to(dtype) * (dt * to_end).unsqueeze(-1)
+    x = x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(3)  # b g l (h/g p)
+    states = (B.to(dtype).transpose(1, 2).mT @ x).unflatten(3, (-1, head_dim))  # b g n h/g p
+    states = states.permute(0, 1, 3, 4, 2).flatten(1, 2)
+    if initial_states is not None:
+        states = states + log_decay[:, -1].to(dtype).exp()[..., None, None] * initial_states
+    return states
+
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution along the length, then SiLU.
 
     Args:
         x: `(b, l, d)`.
         weight: `(d, k)`; the last of the k taps weighs the token itself.
         bias: `(d,)`.
+        context: `(b, k - 1, d)`, the tokens before x, zero where absent.
 
     Returns:
         `(b, l, d)`.
     """
     conv = _kernel_causal_conv1d if x.is_cuda else _torch_causal_conv1d
-    return conv(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+    if context is not None:
+        x = torch.cat([context, x], dim=1)
+    y = conv(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+    return y if context is None else y[:, context.shape[1] :]
 
 
 def _torch_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
