@@ -2,7 +2,7 @@
 
     python examples/evaluate_needle.py --output examples/results/needle.json
 
-The videos are H.264 files made for the purpose from seeds that training never draws. Every video is asked one question.
+The videos are H.264 files made for the purpose from seeds that training never draws. One question is asked of each.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor
-from mambamia_hf.cli import BUNDLED_CHECKPOINT
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, MambaMiaProcessor
 from mambamia_hf.needle import questions, write_needle_video
 
 

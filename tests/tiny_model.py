@@ -40,13 +40,15 @@ COMPRESSOR_CONFIG = {
     "state_size": 8,
     "chunk_size": 16,
     "patches_per_anchor": 4,
+    "time_step_min": 0.05,
+    "time_step_max": 0.05,
     "initializer_range": 0.2,
 }
 
 
 def tiny_config(vision_config: dict = (), text_config: dict = (), compressor_config: dict = (), **kwargs):
     """A config that keeps every frame of videos of up to 4 frames; arguments add to its settings."""
-    settings = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "delta_threshold": 0.1}
+    settings = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "delta_threshold": 0.3}
     return MambaMiaConfig(
         vision_config={**VISION_CONFIG, **dict(vision_config)},
         text_config={**TEXT_CONFIG, **dict(text_config)},

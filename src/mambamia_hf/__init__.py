@@ -1,40 +1,13 @@
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-    AutoVideoProcessor,
-)
+"""MambaMia for Hugging Face Transformers: questions about hour-long videos."""
 
-from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
-from .modeling_compressor import MambaMiaCompressor, select_frames
-from .modeling_mambamia import MambaMiaForConditionalGeneration, MambaMiaModel
-from .processing_mambamia import MambaMiaProcessor
-from .video_processing_mambamia import MambaMiaVideoProcessor
+import sys
+from importlib import import_module
+from pathlib import Path
 
-
-AutoConfig.register("mambamia_compressor", MambaMiaCompressorConfig)
-AutoConfig.register("mambamia", MambaMiaConfig)
-AutoModel.register(MambaMiaCompressorConfig, MambaMiaCompressor)
-AutoModel.register(MambaMiaConfig, MambaMiaModel)
-AutoModelForImageTextToText.register(MambaMiaConfig, MambaMiaForConditionalGeneration)
-AutoModelForMultimodalLM.register(MambaMiaConfig, MambaMiaForConditionalGeneration)
-AutoProcessor.register(MambaMiaConfig, MambaMiaProcessor)
-AutoVideoProcessor.register(MambaMiaConfig, MambaMiaVideoProcessor)
-
-# What is saved carries its code, so that it loads with `trust_remote_code=True` where this package is not installed.
-MambaMiaCompressorConfig.register_for_auto_class()
-MambaMiaConfig.register_for_auto_class()
-MambaMiaCompressor.register_for_auto_class("AutoModel")
-MambaMiaModel.register_for_auto_class("AutoModel")
-MambaMiaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-MambaMiaProcessor.register_for_auto_class()
-MambaMiaVideoProcessor.register_for_auto_class()
 
 __version__ = "0.1.0"
-
 __all__ = [
+    "BUNDLED_CHECKPOINT",
     "MambaMiaCompressor",
     "MambaMiaCompressorConfig",
     "MambaMiaConfig",
@@ -44,3 +17,18 @@ __all__ = [
     "MambaMiaVideoProcessor",
     "select_frames",
 ]
+
+# Folder of the small checkpoint that comes with the package.
+BUNDLED_CHECKPOINT = str(Path(__file__).parent / "checkpoint")
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(".auto", __name__), name)
+
+
+# Importing the package registers its classes with Transformers. Only the program `mambamia` waits with that until it
+# needs them, so that --help and wrong arguments are answered at once.
+if Path(*sys.argv[:1]).stem != "mambamia":
+    import_module(".auto", __name__)

@@ -242,27 +242,47 @@ class MambaMiaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{"auto_map": dict(_AUTO_MAP), **kwargs})
-        self.compressor_config.input_size = self.vision_config.hidden_size
+        self.compressor_config.input_size = self.vision_grid[2]
         self.compressor_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.validate_architecture()
 
     @property
+    def vision_grid(self) -> tuple[int, int, int]:
+        """Rows and columns of a frame's patches as the vision tower gives them, and their width."""
+        vision = self.vision_config
+        rows, columns = map(floordiv, _pair(vision.image_size), _pair(vision.patch_size))
+        if not hasattr(vision, "hidden_sizes"):
+            return rows, columns, vision.hidden_size
+        # ConvNeXt: feature maps, of the stem and of each stage; every stage after the first halves them.
+        stage = max(self.vision_layer(self.vision_feature_layer) - 1, 0)
+        return rows // 2**stage, columns // 2**stage, vision.hidden_sizes[stage]
+
+    @property
     def num_anchors(self) -> int:
         """Tokens that the language model gets for one frame."""
-        rows, columns = map(floordiv, _pair(self.vision_config.image_size), _pair(self.vision_config.patch_size))
+        rows, columns, _ = self.vision_grid
         return self.compressor_config.num_anchors(rows * columns)
+
+    def vision_layer(self, vision_feature_layer: int) -> int:
+        """The hidden state of the vision tower that `vision_feature_layer` stands for, counted from the first.
+
+        Raises:
+            ValueError: if the tower has no such hidden state.
+        """
+        num_layers = len(getattr(self.vision_config, "hidden_sizes", ())) or self.vision_config.num_hidden_layers
+        if not -num_layers - 1 <= vision_feature_layer <= num_layers:
+            raise ValueError(
+                f"vision_feature_layer={vision_feature_layer} is not a hidden state of a vision tower of {num_layers} "
+                f"layers; set it to {-num_layers - 1} to {num_layers}."
+            )
+        return vision_feature_layer % (num_layers + 1)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the settings have to fit each other."""
         super().validate_architecture()
+        self.vision_layer(self.vision_feature_layer)
         self.num_anchors  # noqa: B018 - raises where the patches are not a whole number of rows
-        num_layers = self.vision_config.num_hidden_layers
-        if not -num_layers - 1 <= self.vision_feature_layer <= num_layers:
-            raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer} is not a hidden state of a vision tower of "
-                f"{num_layers} layers; set it to {-num_layers - 1} to {num_layers}."
-            )
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
         if self.vision_batch_size < 1:

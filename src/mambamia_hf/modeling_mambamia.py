@@ -141,22 +141,25 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             and `attentions` of the tower where they are asked for.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        layer = self.config.vision_layer(layer)
         batch_size = self.config.vision_batch_size if vision_batch_size is None else vision_batch_size
         if batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1, not {batch_size}.")
-        tower = self.vision_tower
+        tower, (rows, columns, _) = self.vision_tower, self.config.vision_grid
+        num_patches = rows * columns
         if output_hidden_states is None:
             output_hidden_states = tower.config.output_hidden_states
         features, hidden_states, attentions = [], [], []
         for chunk in frames.split(batch_size):
             if tower.device.type != "meta":  # where the tower is offloaded, its own hooks move the frames
                 chunk = chunk.to(tower.device)
-            outputs = tower(
-                chunk.to(tower.dtype), output_hidden_states=output_hidden_states or [layer], return_dict=True, **kwargs
-            )
-            features.append(outputs.hidden_states[layer])
+            outputs = tower(chunk.to(tower.dtype), output_hidden_states=True, return_dict=True, **kwargs)
+            patches = outputs.hidden_states[layer]
+            if patches.ndim == 4:  # ConvNeXt's feature map
+                patches = patches.flatten(2).mT
+            features.append(patches[:, -num_patches:])  # without the class token that CLIP puts in front
             hidden_states.append(outputs.hidden_states if output_hidden_states else None)
-            attentions.append(outputs.attentions)
+            attentions.append(outputs.get("attentions"))
         return BaseModelOutput(
             last_hidden_state=torch.cat(features),
             hidden_states=_cat_layers(hidden_states),
@@ -222,14 +225,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 threshold; None in a list stands for the threshold.
             kwargs: more arguments of the vision tower, such as `output_hidden_states`.
         """
-        if pixel_values_videos.ndim != 5:
-            raise ValueError(
-                f"pixel_values_videos must be (num_videos, num_frames, channels, height, width), not "
-                f"{tuple(pixel_values_videos.shape)}; images go into pixel_values."
-            )
-        if frame_mask is None:
-            frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
-        frame_mask = frame_mask.bool()
+        frame_mask = _real_frames(pixel_values_videos, frame_mask)
         is_padded = not bool(frame_mask.all())
         frames = pixel_values_videos.flatten(0, 1)
         if is_padded:
@@ -251,7 +247,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             how = self._selection(int(mask.sum()), delta_threshold, delta_min_frames, keep_frames[video])
             if how and deltas is None:
                 raise ValueError(
-                    f"Selecting frames by {how} needs the Δ of a temporal layer and num_temporal_layers is 0; keep all."
+                    f"Selecting frames by {how} needs the Δ of a temporal layer, and num_temporal_layers is 0; keep "
+                    f"every frame."
                 )
             if how:
                 selected[video] = select_frames(deltas[video : video + 1], frame_mask=mask[None], **how)[0]
@@ -276,7 +273,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 return {"keep_frames": config.keep_frames, "keep_ratio": config.keep_ratio}
             delta_threshold = config.delta_threshold
         min_frames = config.delta_min_frames if delta_min_frames is None else delta_min_frames
-        return {} if delta_threshold is None or num_frames <= min_frames else {"threshold": delta_threshold}
+        return {} if not delta_threshold or num_frames <= min_frames else {"threshold": delta_threshold}
 
     def encode_videos(
         self, placeholders: Tensor, pixel_values_videos: Tensor, frame_mask: Tensor | None = None, **kwargs: Any
@@ -297,8 +294,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             ValueError: if the placeholders of a video are not the tokens of a whole number of its frames.
         """
         num_anchors = self.config.num_anchors
-        if frame_mask is None:
-            frame_mask = torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
+        frame_mask = _real_frames(pixel_values_videos, frame_mask)
         lengths = frame_mask.sum(dim=1).tolist()
         counts = _placeholder_runs(placeholders)
         if len(counts) != len(lengths) and sum(counts) == num_anchors * sum(lengths):
@@ -322,7 +318,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         # A run sized for the frames to keep stays whole; a full one loses the places of the frames that were dropped.
         staying = []
         for budget, selected, mask in zip(keep_frames, features.selected_frames, frame_mask, strict=True):
-            frames = selected[mask.bool().to(selected.device)] if budget is None else selected.new_ones(budget)
+            frames = selected[mask.to(selected.device)] if budget is None else selected.new_ones(budget)
             staying.append(frames.repeat_interleave(num_anchors))
         keep = torch.ones_like(placeholders)
         keep[placeholders] = torch.cat(staying).to(keep.device)
@@ -364,8 +360,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): outputs of `get_image_features` and `get_video_features` under
                 "image" and "video", in place of pixels; the prompt holds just their tokens.
 
-        Where frames are dropped, their placeholders leave the sequence before the language model sees it; the rows are
-        padded on the left again.
+        Where frames are dropped, their placeholders leave the sequence before the language model sees it, and padding
+        with them; the rows are padded on the left again.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -388,13 +384,13 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 **vision,
             )
             if not keep.all():
-                token_indices = _left_padded_indices(keep)
+                token_indices = _kept_indices(keep, attention_mask)
                 inputs_embeds = _take_tokens(inputs_embeds, token_indices, 0.0)
                 image_tokens, video_tokens = (
                     _take_tokens(tokens, token_indices, False) for tokens in (image_tokens, video_tokens)
                 )
                 past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-                attention_mask = _drop_from_mask(attention_mask, keep, token_indices, past_length)
+                attention_mask = _kept_mask(attention_mask, token_indices, past_length, keep.shape[1])
                 if position_ids is None:
                     position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -token_indices.shape[1] :]
                 else:
@@ -569,8 +565,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if keep.all():
             return super().generate(input_ids, generation_config=generation_config, streamer=streamer, **kwargs)
 
-        indices = _left_padded_indices(keep)
-        kwargs["attention_mask"] = _drop_from_mask(kwargs.get("attention_mask"), keep, indices)
+        indices = _kept_indices(keep, kwargs.get("attention_mask"))
+        kwargs["attention_mask"] = (indices >= 0).long()
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = _take_tokens(kwargs["position_ids"], indices, 0)
         if embeds is not None:
@@ -594,6 +590,14 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             return sequences
         output.sequences = sequences
         return output
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any):
+        # Transformers takes any class with "mamba" in its name for one whose cache is called `cache_params`.
+        if "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if "cache_params" in model_kwargs:
+            model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
 
 
 # Arguments of a call that concern the videos alone, and those that images share.
@@ -620,6 +624,23 @@ class _PromptStreamer(BaseStreamer):
         self.streamer.end()
 
 
+def _real_frames(pixel_values_videos: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """`frame_mask` as booleans, all True where it is None."""
+    if pixel_values_videos.ndim != 5:
+        raise ValueError(
+            f"pixel_values_videos must be (num_videos, num_frames, channels, height, width), not "
+            f"{tuple(pixel_values_videos.shape)}; images go into pixel_values."
+        )
+    if frame_mask is None:
+        return torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
+    if frame_mask.shape != pixel_values_videos.shape[:2]:
+        raise ValueError(
+            f"frame_mask must be (num_videos, num_frames), {tuple(pixel_values_videos.shape[:2])} here, not "
+            f"{tuple(frame_mask.shape)}."
+        )
+    return frame_mask.bool()
+
+
 def _placeholder_runs(placeholders: Tensor) -> list[int]:
     """Lengths of the runs of True, row after row."""
     edges = nn.functional.pad(placeholders.int(), (1, 1)).diff(dim=1)
@@ -627,8 +648,10 @@ def _placeholder_runs(placeholders: Tensor) -> list[int]:
     return (ends[:, 1] - starts[:, 1]).tolist()
 
 
-def _left_padded_indices(keep: Tensor) -> Tensor:
-    """Positions of the True entries of each row, aligned to the right; -1 in front of the shorter rows."""
+def _kept_indices(keep: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Positions of each row's tokens that stay and are no padding, aligned to the right, with -1 in front of them."""
+    if attention_mask is not None:
+        keep = keep & attention_mask[:, -keep.shape[1] :].bool()
     order = keep.int().argsort(dim=1, stable=True)[:, -int(keep.sum(dim=1).max()) :]
     return order.masked_fill(~keep.gather(1, order), -1)
 
@@ -640,12 +663,10 @@ def _take_tokens(tensor: Tensor, indices: Tensor, padding: float) -> Tensor:
     return taken.masked_fill((indices < 0).view(*indices.shape, *[1] * (tensor.ndim - 2)), padding)
 
 
-def _drop_from_mask(attention_mask: Tensor | None, keep: Tensor, indices: Tensor, past_length: int = 0) -> Tensor:
-    """The attention mask of what is cached already and of the tokens at `indices`."""
-    if attention_mask is None:
-        attention_mask = torch.ones(len(keep), past_length + keep.shape[1], dtype=torch.long, device=keep.device)
-    past, present = attention_mask.tensor_split([attention_mask.shape[1] - keep.shape[1]], dim=1)
-    return torch.cat([past, _take_tokens(present, indices, 0)], dim=1)
+def _kept_mask(attention_mask: Tensor | None, indices: Tensor, past_length: int, length: int) -> Tensor:
+    """The attention mask of `past_length` cached tokens and of those at `indices` of the `length` new ones."""
+    past = indices.new_ones(len(indices), past_length) if attention_mask is None else attention_mask[:, :-length]
+    return torch.cat([past, (indices >= 0).to(past)], dim=1)
 
 
 def _cat_layers(chunks: list[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:

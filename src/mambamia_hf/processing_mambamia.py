@@ -65,6 +65,7 @@ class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
 
 class MambaMiaProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: MambaMiaVideosKwargs
+    _defaults = {}  # Transformers 5.20 looks it up, and typed dictionaries do not inherit it
 
 
 class MambaMiaProcessor(ProcessorMixin):
@@ -154,19 +155,19 @@ class MambaMiaProcessor(ProcessorMixin):
     ):
         if images is None and text is None and videos is None:
             raise ValueError("There is nothing to process: pass `text`, `images` or `videos`.")
-        if audio is not None:
-            raise ValueError("Sound was passed as `audio`, but MambaMia only sees: leave it out.")
         if text is None:
             return
-        if not all(isinstance(sample, str) for sample in text):
-            raise ValueError(f"`text` holds a {type(text[0]).__name__}: pass a string or a list of strings.")
+        for sample in text:
+            if not isinstance(sample, str):
+                raise ValueError(f"`text` holds {sample!r}: pass a string or a list of strings.")
         asked = [sum(sample.count(token) for sample in text) for token in (self.video_token, self.image_token)]
         given = [0 if inputs is None else len(inputs) for inputs in (videos, images)]
         if asked != given:
             raise ValueError(
-                f"The text has placeholders for {asked[0]} videos ({self.video_token}) and {asked[1]} images "
-                f"({self.image_token}), but {given[0]} videos and {given[1]} images were passed: write one "
-                "placeholder for each, or use a chat with an entry of type video or image for each."
+                f"The number of {self.video_token} and {self.image_token} tokens in the prompts should be the same as "
+                f"the number of videos and images passed, but there are {asked[0]} and {asked[1]} tokens for "
+                f"{given[0]} videos and {given[1]} images: write one token for each, or use a chat with an entry of "
+                "type video or image for each."
             )
 
     def _process_videos(

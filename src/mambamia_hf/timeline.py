@@ -1,6 +1,7 @@
 """A picture of what the frame selection did: Δ over time, the frames that were kept, and what some of them show."""
 
 import os
+import tempfile
 import textwrap
 import unicodedata
 import warnings
@@ -47,8 +48,12 @@ def check_plot_path(path: str | os.PathLike) -> Path:
         )
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder '{path.parent}' for the plot '{path}'; make it, or name another.")
-    if path.is_dir() or not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"the plot '{path}' cannot be written there; name a file that can.")
+    if path.is_dir():
+        raise ValueError(f"there is a folder in the place of the plot '{path}'; name another file.")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"the plot '{path}' cannot be written ({error.strerror}); name another place.") from error
     return path
 
 
@@ -126,24 +131,23 @@ def plot_timeline(
     aspect = images[0].shape[1] / images[0].shape[0]
     height = min(_THUMBNAIL_HEIGHT, _thumbnail_width(len(shown)) / aspect)
 
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, facecolor="white")
-    _draw_title(figure, question, answer)
-    axes = figure.add_axes(_box(_LEFT, _STRIP_BOTTOM + height + _AXES_GAP, _WIDTH - _RIGHT, _AXES_TOP))
-    _draw_deltas(axes, times, deltas, kept, cuts)
-    _draw_strip(figure, axes, times, shown, images, height * aspect, height)
-    if len(shown) < kept.sum():
-        note = f"{len(shown)} of the {kept.sum()} kept frames shown: that of the largest Δ in each stretch of time"
-        figure.text(_LEFT / _WIDTH, _NOTE_BOTTOM / _HEIGHT, note, size=11, color=_MUTED)
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with warnings.catch_warnings():
-            # A character that no font has is drawn as a box: seen at once, no need to warn of each.
-            warnings.filterwarnings("ignore", "Glyph .* missing")
+    with warnings.catch_warnings():
+        # A character that no font has is drawn as a box: seen at once, no need to warn of each.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, facecolor="white")
+        _draw_title(figure, question, answer)
+        axes = figure.add_axes(_box(_LEFT, _STRIP_BOTTOM + height + _AXES_GAP, _WIDTH - _RIGHT, _AXES_TOP))
+        _draw_deltas(axes, times, deltas, kept, cuts)
+        _draw_strip(figure, axes, times, shown, images, height * aspect, height)
+        if len(shown) < kept.sum():
+            note = f"{len(shown)} of the {kept.sum()} kept frames shown: that of the largest Δ in each stretch of time"
+            figure.text(_LEFT / _WIDTH, _NOTE_BOTTOM / _HEIGHT, note, size=11, color=_MUTED)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
             figure.savefig(partial, format=path.suffix[1:].lower())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _box(left: float, bottom: float, right: float, top: float) -> tuple[float, float, float, float]:
@@ -167,7 +171,9 @@ def _draw_title(figure: Figure, question: str | None, answer: str | None) -> Non
     lines = [(line, colour) for text, colour in texts for line in _wrapped(text, width)]
     for number, (line, colour) in enumerate(lines, start=1):
         height = (_TITLE_TOP - 1.45 * number * size / 72) / _HEIGHT
-        figure.text(_LEFT / _WIDTH, height, line, color=colour, parse_math=False, **style)
+        text = figure.text(_LEFT / _WIDTH, height, line, color=colour, parse_math=False, **style)
+        room = (_WIDTH - _LEFT - _RIGHT) * _DPI / text.get_window_extent().width
+        text.set_size(size * min(1.0, room))
 
 
 def _wrapped(text: str | None, width: int) -> list[str]:

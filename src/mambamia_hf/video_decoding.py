@@ -30,7 +30,7 @@ from transformers.video_utils import VideoMetadata
 
 VideoSource = str | os.PathLike | bytes | BinaryIO
 
-# In these codecs every packet is one shown frame, so frames that no other frame refers to can be left out exactly.
+# Others have packets that show nothing, and no mark on the frames that no other frame refers to.
 _CODECS_WITH_ONE_FRAME_A_PACKET = ("h264", "hevc")
 
 
@@ -68,12 +68,14 @@ class _Packets:
         keys (`np.ndarray` of shape `(num_keys,)`): The packets at which decoding can start.
         shown (`np.ndarray` of shape `(num_frames,)`): The packets whose frames are shown, in the order of showing.
         timed (`bool`): Whether the container has timestamps.
+        exact (`bool`): Whether every packet is one shown frame, so that unwanted ones may be left out.
     """
 
     pts: np.ndarray
     keys: np.ndarray
     shown: np.ndarray
     timed: bool
+    exact: bool
 
     def starts(self, packet: int) -> np.ndarray:
         "The packets from which the frame of `packet` can be decoded, the nearest last."
@@ -130,10 +132,12 @@ def decode_video(
             indices = np.arange(metadata.total_num_frames)
         else:
             indices = np.asarray(sample_indices_fn(metadata=metadata), dtype=int)
-        if len(indices) == 0 or indices.min() < 0 or indices.max() >= metadata.total_num_frames:
+        if len(indices) == 0:
+            raise ValueError(f"No frame of {name} was asked for: ask for at least one.")
+        if indices.min() < 0 or indices.max() >= metadata.total_num_frames:
             raise ValueError(
-                f"Frames {indices.tolist()} were asked of {name}, which has frames 0 to "
-                f"{metadata.total_num_frames - 1}: ask for at least one frame and only for those it has."
+                f"Frames {indices.min()} to {indices.max()} were asked of {name}: ask for frames from 0 to "
+                f"{metadata.total_num_frames - 1}."
             )
 
         unique_indices, inverse = np.unique(indices, return_inverse=True)
@@ -179,6 +183,8 @@ def _as_local_file(source: VideoSource) -> Iterator[tuple[str, str]]:
         if os.path.getsize(path) == 0:
             raise ValueError(f"The video file '{path}' is empty (0 bytes): copy or download it again.")
         yield path, f"'{path}'"
+    elif not isinstance(source, bytes) and not hasattr(source, "read"):
+        raise ValueError(f"{source!r} is not a video: pass a path, a URL, the bytes of a file or an open file.")
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "video")
@@ -195,24 +201,23 @@ def _as_local_file(source: VideoSource) -> Iterator[tuple[str, str]]:
 @contextmanager
 def _open_video(path: str, name: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        # A playlist disguised as a video must not make the reader open network addresses.
-        container = av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        container = av.open(path, metadata_errors="replace")
     except av.FFmpegError as error:
         raise ValueError(
-            f"{name} cannot be read as a video ({error.strerror}): it is not a video file, or its beginning or end is "
+            f"{name} cannot be read as a video ({error.strerror}): it is not a video file, or a part of it is "
             "missing; check that a video player plays it."
         ) from error
     with container:
         format_name = container.format.name
         if format_name == "image2" or format_name.endswith("_pipe"):
             raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
-        if format_name == "tty":
-            raise ValueError(f"{name} is a text file where a video is meant: give the path of a video file.")
         # The cover picture of a song is a video stream too.
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
-            found = sorted({stream.type for stream in container.streams})
-            raise ValueError(f"{name} has no video stream, only {found}: give a file with moving pictures.")
+            found = ", ".join(sorted({stream.type for stream in container.streams} - {"video"})) or "nothing"
+            raise ValueError(
+                f"{name} has no video stream but {found}: it has no moving pictures, or a part of it is missing."
+            )
         stream = streams[0]
         if stream.codec_context is None:
             raise ValueError(f"{name} uses a video codec that this FFmpeg cannot decode: convert it to H.264.")
@@ -245,15 +250,17 @@ def _read_packets(
     # The average rate is unknown to streams without timestamps.
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     timed = all(pts[packet] is not None for packet in shown)
+    exact = timed and stream.codec_context.name in _CODECS_WITH_ONE_FRAME_A_PACKET
     if timed:
         pts = np.array([0 if value is None else value for value in pts])
         shown = shown[np.argsort(pts[shown], kind="stable")]
         timestamps = (pts[shown] - pts[shown[0]]) * float(stream.time_base)
         announced = _announced_duration(container, stream, start=float(pts[shown[0]] * stream.time_base))
         # AVI understates how long a frame lasts.
-        gaps = np.diff(timestamps)
-        last_duration = max(durations[shown[-1]] * float(stream.time_base), gaps[gaps > 0].min(initial=np.inf))
-        duration = float(timestamps[-1] + (last_duration if np.isfinite(last_duration) else 1 / rate))
+        gaps = np.diff(timestamps, prepend=timestamps[0])
+        shortest_gap = min(gaps[gaps > 0], default=0)
+        last_duration = max(durations[shown[-1]] * float(stream.time_base), shortest_gap) or 1 / rate
+        duration = float(timestamps[-1] + last_duration)
     else:
         pts = np.cumsum(is_shown) - 1
         timestamps = np.arange(len(shown)) / rate
@@ -278,7 +285,7 @@ def _read_packets(
         video_backend="pyav",
         frame_timestamps=timestamps,
     )
-    return _Packets(pts=pts, keys=np.flatnonzero(is_key), shown=shown, timed=timed), metadata
+    return _Packets(pts=pts, keys=np.flatnonzero(is_key), shown=shown, timed=timed, exact=exact), metadata
 
 
 def _announced_duration(container: av.container.InputContainer, stream: av.VideoStream, start: float) -> float | None:
@@ -313,10 +320,10 @@ def _decode_frames(
     pending = deque(range(len(indices)))
 
     def settle(i: int):
-        # The frame on display at a wanted time is the latest one by then; a damaged stretch, in which nothing since
-        # the last key frame could be decoded, has none.
+        # The frame on display at a wanted time is the latest by then, unless that comes from before a damaged part.
         nonlocal frames, size
-        if latest is None or latest[0] < packets.pts[packets.starts(wanted[i])[-1]]:
+        earliest = wanted[i] if packets.exact else packets.starts(wanted[i])[-1]
+        if latest is None or latest[0] < packets.pts[earliest]:
             return
         image = _to_upright_rgb(latest[1], reformatter, size)
         size = size or image.shape[:2]
@@ -375,7 +382,6 @@ def _decode_by_seeking(
     container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, wanted: np.ndarray
 ) -> Iterator[av.VideoFrame]:
     "Decodes, in order of time, from the last possible key frame to each of the `wanted` packets."
-    can_leave_out = stream.codec_context.name in _CODECS_WITH_ONE_FRAME_A_PACKET
     wanted_pts = set(packets.pts[wanted].tolist())
     incoming, position = container.demux(stream), 0
     for start, last in sorted((int(packets.starts(packet)[-1]), int(packet)) for packet in wanted):
@@ -386,7 +392,7 @@ def _decode_by_seeking(
             packet = next(incoming, None)
             if packet is None:
                 return
-            if can_leave_out:
+            if packets.exact:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
             yield from _decode_packet(stream, packet)
             position += 1

@@ -1,6 +1,8 @@
 """Video processor of MambaMia: samples, resizes and normalises videos from files, URLs, arrays or lists of images."""
 
 import os
+from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 import numpy as np
@@ -8,7 +10,14 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -41,6 +50,31 @@ def _stack_frames(frames: list) -> np.ndarray:
     if len(shapes) > 1:
         raise ValueError(f"The frames of a video have different shapes, {shapes}: resize them to one shape.")
     return np.stack(arrays)
+
+
+def _sample_array(
+    video: np.ndarray | torch.Tensor,
+    metadata: VideoMetadata,
+    sample_indices_fn: Callable[..., np.ndarray] | None,
+    data_format: ChannelDimension | str | None,
+) -> tuple[torch.Tensor, VideoMetadata]:
+    "Samples from frames that are at hand and brings them into the shape `(num_frames, channels, height, width)`."
+    if len(video) == 0:
+        raise ValueError(f"A video of shape {tuple(video.shape)} has no frames: pass at least one frame.")
+    if sample_indices_fn is not None:
+        if metadata.total_num_frames != len(video):
+            raise ValueError(
+                f"`video_metadata` speaks of {metadata.total_num_frames} frames but the video has {len(video)}: "
+                "correct it, or pass `do_sample_frames=False` for frames that are sampled already."
+            )
+        indices = sample_indices_fn(metadata=metadata)
+        metadata = copy(metadata)
+        metadata.frames_indices = indices.tolist()
+        video = video[indices]
+    if data_format is None:
+        data_format = infer_channel_dimension_format(video, num_channels=(1, 3, 4))
+    video = torch.as_tensor(video)
+    return (video.permute(0, 3, 1, 2) if data_format == ChannelDimension.LAST else video), metadata
 
 
 class MambaMiaVideoProcessor(BaseVideoProcessor):
@@ -98,7 +132,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         """
         validate_typed_dict(self.valid_kwargs, kwargs)
         videos, metadata = self._load_videos(videos, **kwargs)
-        kwargs.update(video_metadata=metadata, do_sample_frames=False)
+        kwargs.update(video_metadata=metadata, do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
         return super().preprocess(videos, **kwargs)
 
     def make_video_list(self, videos: VideoInput) -> list[str | np.ndarray | torch.Tensor]:
@@ -213,8 +247,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         num_frames: int | None = None,
         fps: float | None = None,
         **kwargs,
-    ) -> tuple[list[torch.Tensor | np.ndarray], list[VideoMetadata]]:
-        "The sampled frames and the metadata of every video."
+    ) -> tuple[list[torch.Tensor], list[VideoMetadata]]:
+        "The sampled frames, of shape `(num_frames, channels, height, width)`, and the metadata of every video."
         options = {
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("do_sample_frames", "do_resize", "size", "resample", "default_to_square", "progress")
@@ -240,24 +274,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             if isinstance(video, str):
                 video, known = self.fetch_videos(video, sample, resize, options["progress"])
             else:
-                video, known = self._sample_array(video, known, sample)
+                video, known = _sample_array(video, known, sample, kwargs.get("input_data_format"))
             loaded.append(video)
             metadata.append(known)
         return loaded, metadata
-
-    def _sample_array(self, video, metadata: VideoMetadata, sample) -> tuple[torch.Tensor | np.ndarray, VideoMetadata]:
-        if len(video) == 0:
-            raise ValueError(f"A video of shape {tuple(video.shape)} has no frames: pass at least one frame.")
-        if sample is None:
-            return video, metadata
-        if metadata.total_num_frames != len(video):
-            raise ValueError(
-                f"`video_metadata` speaks of {metadata.total_num_frames} frames but the video has {len(video)}: "
-                "correct it, or pass `do_sample_frames=False` for frames that are sampled already."
-            )
-        indices = sample(metadata=metadata)
-        metadata.frames_indices = indices.tolist()
-        return video[indices], metadata
 
     def _preprocess(
         self,

@@ -1,0 +1,83 @@
+"""How the benchmarks measure: contestants run after run in one process, medians, ratios, peak memory, and a report."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def median_seconds(contestants: dict[str, Callable[[], Any]], runs: int = 5) -> dict[str, float]:
+    """Median wall time of each contestant; they take turns, after one run each that does not count."""
+    seconds = {name: [] for name in contestants}
+    for run in range(runs + 1):
+        for name, contestant in contestants.items():
+            start = time.perf_counter()
+            contestant()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if run:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def extra_bytes(contestant: Callable[[], Any]) -> int:
+    """Peak resident memory during a call above the memory before it, its result included (Linux, CPU)."""
+    contestant()  # what libraries set up once does not count
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    result = contestant()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}; this needs Linux.")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def report(name: str, rows: list[dict[str, Any]]):
+    """Prints `rows` as a table and writes them as JSON, together with the machine."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = [columns] + [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    RESULTS.mkdir(exist_ok=True)
+    results = {"machine": machine(), "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str("" if value is None else value)
