@@ -271,8 +271,9 @@ def test_round_trip_from_our_layout(tmp_path):
     ("compressor_config", "settings"),
     [
         ({"num_temporal_layers": 1}, "num_temporal_layers=1"),
-        ({"gpa_placement": "post_mixer"}, "gpa_placement='post_mixer'"),
-        ({"rms_norm_eps": 1e-6, "time_step_limit": (0.1, 1.0)}, "rms_norm_eps=1e-06, time_step_limit="),
+        ({"gpa_placement": "post_mixer"}, "gpa_placement='post_mixer'.*gpa_placement='pre_mixer'"),
+        ({"mixer_type": "mamba1"}, "mixer_type='mamba1'"),
+        ({"rms_norm_eps": 1e-6, "time_step_limit": (0.1, 1.0)}, r"time_step_limit=\(0\.1, 1\.0\), rms_norm_eps=1e-06"),
     ],
 )
 def test_what_the_original_layout_cannot_hold(tmp_path, compressor_config, settings):

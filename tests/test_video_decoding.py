@@ -24,6 +24,7 @@ from video_files import (
     write_video,
 )
 
+from mambamia_hf import video_decoding
 from mambamia_hf.video_decoding import decode_video
 
 
@@ -76,6 +77,7 @@ CONTAINERS = {
     "flv": {"name": "v.flv"},
     "avi of MPEG-4": {"name": "v.avi", "codec": "mpeg4"},
     "raw H.264": {"name": "v.h264"},
+    "raw MPEG-4": {"name": "v.m4v", "codec": "mpeg4"},
 }
 
 
@@ -109,14 +111,21 @@ def test_order_and_repetitions_are_kept(tmp_path):
     assert metadata.timestamps == pytest.approx([3.0, 0.2, 0.2, 1.7])
 
 
-def test_only_what_is_needed_is_decoded(tmp_path):
-    # Everything but the group of pictures from 20 to 29 is destroyed: whoever decodes more finds nothing.
-    path = write_video(tmp_path / "v.mp4", codec_options={"bf": "0"})
-    blank_frames(path, [number for number in range(40) if not 20 <= number <= 25])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        frames, _ = decode_video(path, pick(22, 25))
-    assert read_numbers(frames) == [22, 25]
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.ts", "v.flv"])
+def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch, name):
+    decoded = []
+
+    def record(stream, packet):
+        decoded.append(packet)
+        return decode_packet(stream, packet)
+
+    decode_packet = video_decoding._decode_packet
+    monkeypatch.setattr(video_decoding, "_decode_packet", record)
+    path = write_video(tmp_path / name, num_frames=100, codec_options={"bf": "0"})
+    frames, _ = decode_video(path, pick(3, 22, 25, 91))
+    assert read_numbers(frames) == [3, 22, 25, 91]
+    # From the key frame before each wanted frame up to it: 0 to 3, 20 to 25 and 90 to 91.
+    assert len([packet for packet in decoded if packet is not None]) == 4 + 6 + 2
 
 
 def test_frames_that_no_other_needs_are_left_out(tmp_path):
@@ -140,6 +149,15 @@ def test_variable_frame_rate(tmp_path):
     assert metadata.timestamps == pytest.approx(times[::2])
     assert metadata.frame_timestamps == pytest.approx(times)
     assert metadata.fps == pytest.approx(9 / metadata.duration)
+
+
+def test_frames_before_the_start_are_not_shown(tmp_path):
+    # MP4 keeps the frames from the last key frame on when a video is cut without coding it anew, and says which to hide.
+    path = write_video(tmp_path / "v.mp4", start=-0.5)
+    frames, metadata = decode_video(path)
+    assert read_numbers(frames) == list(range(5, 40))
+    assert metadata.timestamps == pytest.approx([number / 10 for number in range(35)])
+    assert read_numbers(decode_video(path, pick(0, 11))[0]) == [5, 16]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])

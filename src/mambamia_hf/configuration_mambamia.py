@@ -164,6 +164,28 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
             raise ValueError(f"gpa_dropout must lie in [0, 1), not {self.gpa_dropout}.")
 
 
+# The language models of the paper, each with its frame selection. Vicuna has no placeholders: two tokens are added.
+_PRESETS = {
+    "qwen2-7b": {},
+    "vicuna-7b": {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 32002,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        "image_token_id": 32000,
+        "video_token_id": 32001,
+        "delta_threshold": 0.5,
+        "delta_min_frames": 64,
+    },
+}
+
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
 _AUTO_MAP = {
     "AutoConfig": "configuration_mambamia.MambaMiaConfig",
@@ -246,6 +268,17 @@ class MambaMiaConfig(PreTrainedConfig):
         self.compressor_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.validate_architecture()
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> "MambaMiaConfig":
+        """A configuration of the paper: `"qwen2-7b"`, which is the default, or `"vicuna-7b"`; `kwargs` go before it.
+
+        Raises:
+            ValueError: if there is no preset of that name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"There is no preset '{name}'; choose from {', '.join(_PRESETS)}.")
+        return cls(**{**_PRESETS[name], **kwargs})
 
     @property
     def vision_grid(self) -> tuple[int, int, int]:

@@ -73,16 +73,13 @@ _PROJECTORS = ("model.mm_projector.", "model.video_audio_compressor.")
 _TOWER = "model.vision_tower.vision_tower."
 # What the shapes do not tell, or not for certain: an entry of the config that is ours, written by the reverse.
 _UNTOLD_SIZES = ("head_dim", "state_size", "n_groups", "chunk_size")
-# Settings that change nothing that a compressor of the original layout computes, once trained.
-_UNSEEN_FIELDS = {
-    "gpa_dropout",
-    "initializer_range",
-    "time_step_min",
-    "time_step_max",
-    "time_step_floor",
-    "A_init_min",
-    "A_init_max",
-    "temporal_bidirectional",
+# What is the same in every compressor of the original layout.
+_ORIGINAL_SETTINGS = {
+    "num_temporal_layers": 0,
+    "mixer_type": "mamba2",
+    "gpa_placement": "pre_mixer",
+    "time_step_limit": (0.0, float("inf")),
+    "rms_norm_eps": 1e-5,
 }
 _SO400M = {
     "model_type": "siglip_vision_model",
@@ -179,9 +176,8 @@ def compressor_to_original(compressor: MambaMiaCompressor) -> dict[str, Tensor]:
     Raises:
         ValueError: if a setting has no place in that layout, as temporal layers have none; names it.
     """
-    tensors = {_original_compressor_name(name): tensor for name, tensor in compressor.state_dict().items()}
-    _check_compressor_is_original(compressor.config, _shapes(tensors))
-    return tensors
+    _check_settings_are_original(compressor.config)
+    return {_original_compressor_name(name): tensor for name, tensor in compressor.state_dict().items()}
 
 
 def convert_from_original(src: str | Path, dst: str | Path, max_shard_size: int = _MAX_SHARD_SIZE) -> Path:
@@ -260,11 +256,8 @@ def convert_to_original(src: str | Path, dst: str | Path, max_shard_size: int = 
             f"{src} is a checkpoint of model type {model_type!r}; only {MambaMiaConfig.model_type!r} can be reversed."
         )
     config = MambaMiaConfig.from_pretrained(src)
+    _check_settings_are_original(config.compressor_config)
     model = _meta_model(config)
-    compressor = _shapes(model.model.compressor.state_dict())
-    _check_compressor_is_original(
-        config.compressor_config, {_original_compressor_name(name): shape for name, shape in compressor.items()}
-    )
     shards = _read_shards(src)
     shapes = {name: shape for tensors in shards.values() for name, (shape, _) in tensors.items()}
     optional = ["lm_head.weight"] if config.tie_word_embeddings else []
@@ -369,7 +362,6 @@ def _compressor_config(
         output_size=output_proj[0],
         hidden_size=hidden_size,
         num_hidden_layers=max(layers) + 1,
-        num_temporal_layers=0,
         expand=expand,
         head_dim=head_dim,
         state_size=state_size,
@@ -378,20 +370,18 @@ def _compressor_config(
         chunk_size=chunk_size,
         patches_per_anchor=weight_fc[0],
         bidirectional=any(re.search(r"\.mixer\.\w+_b(\.|_log$|$)", name) for name in shapes),
-        gpa_placement="pre_mixer",
         input_norm=any(name.startswith("input_norm.") for name in shapes),
+        **_ORIGINAL_SETTINGS,
     )
 
 
-def _check_compressor_is_original(config: MambaMiaCompressorConfig, shapes: Mapping[str, Shape]):
-    original = _compressor_config(shapes, config.head_dim, config.state_size, config.n_groups, config.chunk_size)
-    fitting = {name: getattr(original, name) for name in _own_fields(config) - _UNSEEN_FIELDS}
-    differing = sorted(name for name, value in fitting.items() if getattr(config, name) != value)
+def _check_settings_are_original(config: MambaMiaCompressorConfig):
+    differing = [name for name, value in _ORIGINAL_SETTINGS.items() if getattr(config, name) != value]
     if differing:
         raise ValueError(
             f"The original layout has no place for a compressor with "
             f"{', '.join(f'{name}={getattr(config, name)!r}' for name in differing)}; it only takes "
-            f"{', '.join(f'{name}={fitting[name]!r}' for name in differing)}."
+            f"{', '.join(f'{name}={_ORIGINAL_SETTINGS[name]!r}' for name in differing)}."
         )
 
 

@@ -35,6 +35,11 @@ class MambaMiaCompressorOutput(ModelOutput):
     frame_deltas: torch.FloatTensor | None = None
 
 
+def _in_full(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is that: what step sizes and decays are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @use_kernelized_func([_kernel_chunk_scan, _kernel_causal_conv1d])
 class MambaMiaMamba2SSM(nn.Module):
     """One direction of a Mamba-2 mixer: causal convolution, scan with one A a head, RMS norm."""
@@ -94,8 +99,8 @@ class MambaMiaMamba2SSM(nn.Module):
         xBC = causal_conv1d_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, context)
         x, B, C = xBC.split(self.x_split, dim=-1)
         B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
-        delta = nn.functional.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)
-        return x.unflatten(-1, (-1, config.head_dim)), B, C, delta, -self.A_log.float().exp()
+        delta = nn.functional.softplus(_in_full(dt) + _in_full(self.dt_bias)).clamp(*config.time_step_limit)
+        return x.unflatten(-1, (-1, config.head_dim)), B, C, delta, -_in_full(self.A_log).exp()
 
 
 @use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])
@@ -119,9 +124,9 @@ class MambaMiaMamba1SSM(nn.Module):
         """`(batch, length, intermediate_size)` to the output of the scan and its Δ, both of the same shape."""
         x = causal_conv1d_silu(inputs, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
-        delta = nn.functional.softplus(self.dt_proj(dt).float() + self.dt_bias.float())
+        delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
-        return selective_scan(x, delta, -self.A_log.float().exp(), B, C, self.D), delta, None
+        return selective_scan(x, delta, -_in_full(self.A_log).exp(), B, C, self.D), delta, None
 
 
 class MambaMiaMixer(nn.Module):
@@ -172,7 +177,7 @@ class MambaMiaGatedPatchAggregation(nn.Module):
         rows = hidden_states.unflatten(1, (-1, self.weight_proj.out_features + 1))
         patches, anchor = rows[:, :, :-1], rows[:, :, -1:]
         query = self.dropout(anchor)
-        weights = self.weight_proj(query).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = _in_full(self.weight_proj(query)).softmax(dim=-1).to(query.dtype)
         gate = self.gate_margin + (1 - 2 * self.gate_margin) * self.gate_proj(query).sigmoid()
         anchor = torch.lerp(anchor, weights @ patches, gate)
         return torch.cat([patches, anchor], dim=2).flatten(1, 2)

@@ -1,5 +1,6 @@
 """MambaMia: vision tower, compressor, frame selection, language model."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.compressor = MambaMiaCompressor._from_config(config.compressor_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        arguments = inspect.signature(self.language_model.forward).parameters
+        self._cache_name = "past_key_values" if "past_key_values" in arguments else "cache_params"  # Mamba's
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -412,17 +415,17 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **{self._cache_name: past_key_values},
             **kwargs,
         )
         videos = encoded.get("video") or {}
         return MambaMiaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            past_key_values=outputs.get(self._cache_name),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
             image_hidden_states=hidden_states.get("image"),
             video_hidden_states=hidden_states.get("video"),
             frame_deltas=videos.get("frame_deltas"),

@@ -208,9 +208,6 @@ def _open_video(path: str, name: str) -> Iterator[tuple[av.container.InputContai
             "missing; check that a video player plays it."
         ) from error
     with container:
-        format_name = container.format.name
-        if format_name == "image2" or format_name.endswith("_pipe"):
-            raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
         # The cover picture of a song is a video stream too.
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
@@ -246,6 +243,8 @@ def _read_packets(
     shown = np.flatnonzero(is_shown)
     if len(shown) == 0:
         raise ValueError(f"{name} has a video stream without any frame: it was cut off or never finished.")
+    if len(shown) == 1 and (container.format.name == "image2" or container.format.name.endswith("_pipe")):
+        raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
 
     # The average rate is unknown to streams without timestamps.
     rate = float(stream.guessed_rate or stream.average_rate or 25)
