@@ -92,7 +92,7 @@ def build_processor() -> MambaMiaProcessor:
         tokenizer=build_tokenizer(),
         image_processor=SiglipImageProcessor(size=size),
         video_processor=MambaMiaVideoProcessor(size=size),
-        num_anchors=3,
+        num_frame_tokens=3,
     )
 
 

@@ -43,7 +43,7 @@ def test_defaults_are_the_full_size_model():
     assert {name: getattr(compressor, name) for name in fields} == fields
     assert compressor.to_dict() == MambaMiaCompressorConfig().to_dict()
     assert (config.image_token_id, config.video_token_id, config.vision_feature_layer) == (151655, 151656, -2)
-    assert (config.delta_threshold, config.delta_min_frames, config.num_anchors) == (0.6, 180, 24)
+    assert (config.delta_threshold, config.delta_min_frames, config.num_frame_tokens) == (0.6, 180, 24)
 
 
 def test_full_size_parameters():
@@ -121,7 +121,7 @@ def test_time_step_limit_survives_json(tmp_path):
 
 def test_non_square_frames():
     config = tiny_config(vision_config={"image_size": [32, 64]}, compressor_config={"patches_per_anchor": 8})
-    assert config.num_anchors == 4
+    assert config.num_frame_tokens == 4
 
 
 @pytest.mark.parametrize(

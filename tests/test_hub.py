@@ -76,7 +76,7 @@ def tiny_processor() -> MambaMiaProcessor:
         image_processor=SiglipImageProcessor(size=size),
         tokenizer=tiny_tokenizer(),
         video_processor=MambaMiaVideoProcessor(size=size),
-        num_anchors=NUM_ANCHORS,
+        num_frame_tokens=NUM_ANCHORS,
     )
 
 

@@ -19,7 +19,7 @@ def make_processor(**kwargs):
         image_processor=SiglipImageProcessor(size=SIZE),
         tokenizer=tiny_tokenizer(),
         video_processor=MambaMiaVideoProcessor(size=SIZE),
-        num_anchors=ANCHORS,
+        num_frame_tokens=ANCHORS,
         **kwargs,
     )
 
@@ -276,7 +276,7 @@ class TestSaving:
         processor.save_pretrained(tmp_path / "saved")
         loaded = AutoProcessor.from_pretrained(tmp_path / "saved")
         assert type(loaded) is MambaMiaProcessor
-        assert (loaded.num_anchors, loaded.keep_frames, loaded.keep_ratio) == (ANCHORS, None, 0.25)
+        assert (loaded.num_frame_tokens, loaded.keep_frames, loaded.keep_ratio) == (ANCHORS, None, 0.25)
         assert loaded.chat_template == processor.chat_template
         assert loaded.video_processor.to_dict() == processor.video_processor.to_dict()
         messages = [user({"type": "video", "path": path}, text("What?"))]

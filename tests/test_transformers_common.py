@@ -265,7 +265,7 @@ class MambaMiaProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @staticmethod
     def prepare_processor_dict() -> dict:
-        return {"num_anchors": NUM_ANCHORS}
+        return {"num_frame_tokens": NUM_ANCHORS}
 
     def test_apply_chat_template_video_frame_sampling(self):
         # As the common test, but for two things: up to 2 fps are sampled where nothing is said, and a list of image

@@ -302,8 +302,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     answer = ask(BUNDLED_CHECKPOINT, str(video.path), question, keep_ratio=DEMO_KEEP_RATIO, plot=plot)
 
     config = MambaMiaConfig.from_pretrained(BUNDLED_CHECKPOINT)
-    anchors = answer.frames * config.num_anchors
-    patches = anchors * config.compressor_config.patches_per_anchor
+    rows, columns, _ = config.vision_grid
+    patches = answer.frames * rows * columns
+    anchors = patches // config.compressor_config.patches_per_anchor
     print(f"question  {question}")
     print(f"answer    {answer.answer}")
     print(f"truth     {truth}")

@@ -207,6 +207,7 @@ class MambaMiaConfig(PreTrainedConfig):
         image_token_id (`int`, defaults to 151655): placeholder of an image's tokens in the prompt.
         video_token_id (`int`, defaults to 151656): placeholder of a video's tokens in the prompt.
         vision_feature_layer (`int`, defaults to -2): which hidden state of the vision tower is taken.
+        end_of_frame (`bool`, defaults to `False`): whether a learned vector follows the anchors of each frame.
         vision_batch_size (`int`, defaults to 16): frames that go through the vision tower at once.
         delta_threshold (`float`, *optional*, defaults to 0.6): a frame is kept each time the accumulated Δ reaches it
             (the paper's Algorithm 1), at inference only; `None` keeps every frame.
@@ -255,6 +256,7 @@ class MambaMiaConfig(PreTrainedConfig):
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_feature_layer: int = -2
+    end_of_frame: bool = False
     vision_batch_size: int = 16
     delta_threshold: float | int | None = 0.6
     delta_min_frames: int = 180
@@ -292,10 +294,10 @@ class MambaMiaConfig(PreTrainedConfig):
         return rows // 2**stage, columns // 2**stage, vision.hidden_sizes[stage]
 
     @property
-    def num_anchors(self) -> int:
-        """Tokens that the language model gets for one frame."""
+    def num_frame_tokens(self) -> int:
+        """Tokens that the language model gets for one frame: its anchors, and the end-of-frame vector if any."""
         rows, columns, _ = self.vision_grid
-        return self.compressor_config.num_anchors(rows * columns)
+        return self.compressor_config.num_anchors(rows * columns) + self.end_of_frame
 
     def vision_layer(self, vision_feature_layer: int) -> int:
         """The hidden state of the vision tower that `vision_feature_layer` stands for, counted from the first.
@@ -315,7 +317,7 @@ class MambaMiaConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: the settings have to fit each other."""
         super().validate_architecture()
         self.vision_layer(self.vision_feature_layer)
-        self.num_anchors  # noqa: B018 - raises where the patches are not a whole number of rows
+        self.num_frame_tokens  # noqa: B018 - raises where the patches are not a whole number of rows
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
         if self.vision_batch_size < 1:

@@ -511,7 +511,7 @@ def _processor(
         tokenizer=tokenizer,
         video_processor=video_processor,
         chat_template=_QWEN_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else _VICUNA_TEMPLATE,
-        num_anchors=config.num_anchors,
+        num_frame_tokens=config.num_frame_tokens,
     )
 
 

@@ -308,7 +308,7 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         super().__init__(config)
         self.input_proj = nn.Linear(config.input_size, config.hidden_size)
         self.anchor = nn.Parameter(torch.empty(config.hidden_size))
-        self.input_norm = nn.LayerNorm(config.hidden_size) if config.input_norm else nn.Identity()
+        self.input_norm = nn.LayerNorm(config.hidden_size, eps=1e-6) if config.input_norm else nn.Identity()
         self.layers = nn.ModuleList(MambaMiaSpatialBlock(config) for _ in range(config.num_hidden_layers))
         self.temporal_layers = nn.ModuleList(MambaMiaTemporalBlock(config) for _ in range(config.num_temporal_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import (
@@ -26,10 +27,11 @@ from .modeling_compressor import MambaMiaCompressor, select_frames
 class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
     """
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(num_videos, num_frames, num_anchors, hidden_size)`):
-            The anchors of every frame, as wide as the language model; zero where `frame_mask` is.
-        pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * num_anchors, hidden_size)`, one a video):
-            The anchors of the frames that were kept: what the language model reads.
+        last_hidden_state (`torch.FloatTensor` of shape `(num_videos, num_frames, num_frame_tokens, hidden_size)`):
+            The anchors of every frame, as wide as the language model, zero where `frame_mask` is; and the end-of-frame
+            vector, where there is one.
+        pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * num_frame_tokens, hidden_size)`):
+            One a video, the tokens of the frames that were kept: what the language model reads.
         frame_deltas (`torch.FloatTensor` of shape `(num_videos, num_frames)`, *optional*):
             Δ, the importance of every frame.
         selected_frames (`torch.BoolTensor` of shape `(num_videos, num_frames)`):
@@ -57,6 +59,7 @@ class MambaMiaModelOutputWithPast(BaseModelOutputWithPast):
             True for the frames that were kept.
         token_indices (`torch.LongTensor` of shape `(batch_size, kept_length)`, *optional*):
             Where frames were dropped: the position in the prompt of every token that is left, -1 for padding.
+        cache_params (`Cache`, *optional*): states of a Mamba language model, in place of `past_key_values`.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -64,6 +67,7 @@ class MambaMiaModelOutputWithPast(BaseModelOutputWithPast):
     frame_deltas: torch.FloatTensor | None = None
     selected_frames: torch.BoolTensor | None = None
     token_indices: torch.LongTensor | None = None
+    cache_params: Cache | None = None
 
 
 @dataclass
@@ -88,6 +92,7 @@ class MambaMiaCausalLMOutputWithPast(ModelOutput):
     frame_deltas: torch.FloatTensor | None = None
     selected_frames: torch.BoolTensor | None = None
     token_indices: torch.LongTensor | None = None
+    cache_params: Cache | None = None
 
 
 class MambaMiaPreTrainedModel(PreTrainedModel):
@@ -103,6 +108,12 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, MambaMiaModel) and module.end_of_frame is not None:
+            init.normal_(module.end_of_frame, std=module.end_of_frame.numel() ** -0.5)
+
 
 class MambaMiaModel(MambaMiaPreTrainedModel):
     """Vision tower, compressor and language model, without the language model's head."""
@@ -112,9 +123,14 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.compressor = MambaMiaCompressor._from_config(config.compressor_config)
         self.language_model = AutoModel.from_config(config.text_config)
-        arguments = inspect.signature(self.language_model.forward).parameters
-        self._cache_name = "past_key_values" if "past_key_values" in arguments else "cache_params"  # Mamba's
+        self.end_of_frame = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.end_of_frame else None
         self.post_init()
+
+    @property
+    def cache_name(self) -> str:
+        """What the language model calls its cache: `past_key_values`, or `cache_params` where that is a Mamba."""
+        is_mamba = "cache_params" in inspect.signature(self.language_model.forward).parameters
+        return "cache_params" if is_mamba else "past_key_values"
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -169,6 +185,23 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             attentions=_cat_layers(attentions),
         )
 
+    def compress(self, features: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The tokens of frames and their Δ.
+
+        Args:
+            features: `(num_videos, num_frames, num_patches, vision hidden_size)`.
+            frame_mask: `(num_videos, num_frames)`, True for real frames.
+
+        Returns:
+            `(num_videos, num_frames, num_frame_tokens, hidden_size)` and `(num_videos, num_frames)`.
+        """
+        compressed = self.compressor(features, frame_mask=frame_mask, return_dict=True)
+        tokens = compressed.last_hidden_state
+        if self.end_of_frame is not None:
+            end_of_frame = self.end_of_frame.to(tokens).expand(*tokens.shape[:2], 1, -1)
+            tokens = torch.cat([tokens, end_of_frame], dim=2)
+        return tokens, compressed.frame_deltas
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -191,12 +224,12 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 f"videos go into pixel_values_videos."
             )
         encoded = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size, **kwargs)
-        compressed = self.compressor(encoded.last_hidden_state.unsqueeze(1), return_dict=True)
+        tokens, deltas = self.compress(encoded.last_hidden_state.unsqueeze(1))
         return MambaMiaFeaturesOutput(
-            last_hidden_state=compressed.last_hidden_state,
-            pooler_output=list(compressed.last_hidden_state.flatten(1, 2)),
-            frame_deltas=compressed.frame_deltas,
-            selected_frames=torch.ones_like(compressed.last_hidden_state[:, :, 0, 0], dtype=torch.bool),
+            last_hidden_state=tokens,
+            pooler_output=list(tokens.flatten(1, 2)),
+            frame_deltas=deltas,
+            selected_frames=torch.ones_like(tokens[:, :, 0, 0], dtype=torch.bool),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -240,11 +273,10 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             padded = features.new_zeros(frame_mask.numel(), *features.shape[1:])
             features = padded.index_put((frame_mask.flatten().nonzero().squeeze(1),), features)
         features = features.unflatten(0, frame_mask.shape)
-        compressed = self.compressor(features, frame_mask=frame_mask, return_dict=True)
-        anchors, deltas = compressed.last_hidden_state, compressed.frame_deltas
+        tokens, deltas = self.compress(features, frame_mask)
 
         if keep_frames is None or isinstance(keep_frames, int):
-            keep_frames = [keep_frames] * len(anchors)
+            keep_frames = [keep_frames] * len(tokens)
         selected = frame_mask.clone()
         for video, mask in enumerate(frame_mask):
             how = self._selection(int(mask.sum()), delta_threshold, delta_min_frames, keep_frames[video])
@@ -256,8 +288,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             if how:
                 selected[video] = select_frames(deltas[video : video + 1], frame_mask=mask[None], **how)[0]
         return MambaMiaFeaturesOutput(
-            last_hidden_state=anchors,
-            pooler_output=[video[kept].flatten(0, 1) for video, kept in zip(anchors, selected, strict=True)],
+            last_hidden_state=tokens,
+            pooler_output=[video[kept].flatten(0, 1) for video, kept in zip(tokens, selected, strict=True)],
             frame_deltas=deltas,
             selected_frames=selected,
             hidden_states=encoded.hidden_states,
@@ -283,8 +315,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
     ) -> tuple[MambaMiaFeaturesOutput, Tensor]:
         """Features of the videos of a prompt, with the number of frames to keep read off the prompt's placeholders.
 
-        A video that has `num_frames * num_anchors` placeholders goes through the selection by threshold (or the
-        config's budget); one that has fewer, K * num_anchors, keeps exactly K frames.
+        A video that has `num_frames * num_frame_tokens` placeholders goes through the selection by threshold (or the
+        config's budget); one that has fewer, K * num_frame_tokens, keeps exactly K frames.
 
         Args:
             placeholders (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the video tokens stand.
@@ -296,12 +328,12 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         Raises:
             ValueError: if the placeholders of a video are not the tokens of a whole number of its frames.
         """
-        num_anchors = self.config.num_anchors
+        num_frame_tokens = self.config.num_frame_tokens
         frame_mask = _real_frames(pixel_values_videos, frame_mask)
         lengths = frame_mask.sum(dim=1).tolist()
         counts = _placeholder_runs(placeholders)
-        if len(counts) != len(lengths) and sum(counts) == num_anchors * sum(lengths):
-            counts = [num_anchors * length for length in lengths]  # videos without a token between them
+        if len(counts) != len(lengths) and sum(counts) == num_frame_tokens * sum(lengths):
+            counts = [num_frame_tokens * length for length in lengths]  # videos without a token between them
         if len(counts) != len(lengths):
             raise ValueError(
                 f"The prompt has {len(counts)} runs of video placeholders and there are {len(lengths)} videos; give "
@@ -309,12 +341,13 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             )
         keep_frames = []
         for count, length in zip(counts, lengths, strict=True):
-            if count > length * num_anchors or count % num_anchors:
+            if count > length * num_frame_tokens or count % num_frame_tokens:
                 raise ValueError(
                     f"A video of {length} frames has {count} placeholders in the prompt; expected "
-                    f"{length * num_anchors} ({num_anchors} a frame), or {num_anchors} times the frames to keep."
+                    f"{length * num_frame_tokens}, {num_frame_tokens} a frame, or {num_frame_tokens} times the frames "
+                    f"to keep."
                 )
-            keep_frames.append(None if count == length * num_anchors else count // num_anchors)
+            keep_frames.append(None if count == length * num_frame_tokens else count // num_frame_tokens)
         features = self.get_video_features(
             pixel_values_videos, frame_mask, keep_frames=keep_frames, return_dict=True, **kwargs
         )
@@ -322,7 +355,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         staying = []
         for budget, selected, mask in zip(keep_frames, features.selected_frames, frame_mask, strict=True):
             frames = selected[mask.to(selected.device)] if budget is None else selected.new_ones(budget)
-            staying.append(frames.repeat_interleave(num_anchors))
+            staying.append(frames.repeat_interleave(num_frame_tokens))
         keep = torch.ones_like(placeholders)
         keep[placeholders] = torch.cat(staying).to(keep.device)
         return features, keep
@@ -374,7 +407,9 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, self.config.image_token_id)
         video_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, self.config.video_token_id)
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            # Placeholders may be numbered beyond the vocabulary; what stands there is replaced anyway.
+            text_ids = input_ids.masked_fill(image_tokens | video_tokens, 0)
+            inputs_embeds = self.get_input_embeddings()(text_ids)
         if pixel_values is not None:
             encoded["image"] = self.get_image_features(pixel_values, return_dict=True, **vision)
         if pixel_values_videos is not None:
@@ -411,19 +446,20 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 )
             inputs_embeds = inputs_embeds.masked_scatter(tokens.unsqueeze(-1), hidden_states[modality])
 
+        kwargs.setdefault(self.cache_name, past_key_values)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
             return_dict=True,
-            **{self._cache_name: past_key_values},
             **kwargs,
         )
         videos = encoded.get("video") or {}
         return MambaMiaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get(self._cache_name),
+            past_key_values=outputs.get("past_key_values"),
+            cache_params=outputs.get("cache_params"),
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),
             image_hidden_states=hidden_states.get("image"),
@@ -596,11 +632,12 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any):
         # Transformers takes any class with "mamba" in its name for one whose cache is called `cache_params`.
-        if "past_key_values" in model_kwargs:
-            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        name = self.model.cache_name
+        if name in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop(name)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if "cache_params" in model_kwargs:
-            model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+            model_kwargs[name] = model_kwargs.pop("cache_params")
 
 
 # Arguments of a call that concern the videos alone, and those that images share.

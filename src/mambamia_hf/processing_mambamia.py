@@ -71,7 +71,7 @@ class MambaMiaProcessorKwargs(ProcessingKwargs, total=False):
 class MambaMiaProcessor(ProcessorMixin):
     """
     Joins an image processor, a tokenizer and a video processor, and replaces the one placeholder of each video and
-    image in a text by as many as there will be tokens: `num_anchors` for an image or a frame of a video.
+    image in a text by as many as there will be tokens: `num_frame_tokens` for an image or a frame of a video.
 
     With `keep_frames` or `keep_ratio` there are placeholders for so many frames of each video only, and the model
     keeps exactly so many, the most important ones.
@@ -81,8 +81,8 @@ class MambaMiaProcessor(ProcessorMixin):
             The processors of each kind of input. The tokenizer needs the tokens `<|image_pad|>` and `<|video_pad|>`.
         chat_template (`str`, *optional*):
             A Jinja template for conversations; the dialogue format of Qwen2 by default.
-        num_anchors (`int`, *optional*, defaults to 24):
-            Tokens a frame: the number of rows of patches, each of which ends in one anchor.
+        num_frame_tokens (`int`, *optional*, defaults to 24):
+            Tokens a frame: its anchors, and the end-of-frame vector where the model has one.
         keep_frames (`int`, *optional*):
             How many frames of each video to keep; a call may set another number.
         keep_ratio (`float`, *optional*):
@@ -100,12 +100,12 @@ class MambaMiaProcessor(ProcessorMixin):
         tokenizer=None,
         video_processor=None,
         chat_template: str | None = None,
-        num_anchors: int = 24,
+        num_frame_tokens: int = 24,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
     ):
         num_kept_frames(1, keep_frames, keep_ratio)  # raises for an impossible budget
-        self.num_anchors = num_anchors
+        self.num_frame_tokens = num_frame_tokens
         self.keep_frames = keep_frames
         self.keep_ratio = keep_ratio
         self.image_token = "<|image_pad|>"
@@ -181,7 +181,7 @@ class MambaMiaProcessor(ProcessorMixin):
         return processed, replacements
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_anchors
+        return self.image_token * self.num_frame_tokens
 
     def replace_video_token(
         self,
@@ -197,7 +197,7 @@ class MambaMiaProcessor(ProcessorMixin):
     def _num_video_tokens(self, num_frames: int, keep_frames: int | None, keep_ratio: float | None) -> int:
         if keep_frames is None and keep_ratio is None:
             keep_frames, keep_ratio = self.keep_frames, self.keep_ratio
-        return num_kept_frames(num_frames, keep_frames, keep_ratio) * self.num_anchors
+        return num_kept_frames(num_frames, keep_frames, keep_ratio) * self.num_frame_tokens
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
@@ -211,7 +211,7 @@ class MambaMiaProcessor(ProcessorMixin):
         budget = videos_kwargs.get("keep_frames"), videos_kwargs.get("keep_ratio")
         data = {}
         if image_sizes is not None:
-            data["num_image_tokens"] = [self.num_anchors] * len(image_sizes)
+            data["num_image_tokens"] = [self.num_frame_tokens] * len(image_sizes)
             data["num_image_patches"] = [1] * len(image_sizes)
         if video_sizes is not None:
             data["num_video_tokens"] = [
