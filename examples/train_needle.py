@@ -33,7 +33,16 @@ from mambamia_hf import (
     MambaMiaProcessor,
     MambaMiaVideoProcessor,
 )
-from mambamia_hf.needle import COLOURS, DIGITS, QUESTIONS, SHAPES, needle_image, needle_questions, write_needle_video
+from mambamia_hf.needle import (
+    COLOURS,
+    DIGITS,
+    QUESTIONS,
+    SHAPES,
+    needle_image,
+    needle_questions,
+    questions,
+    write_needle_video,
+)
 
 
 FIRST_TRAINING_SEED = 1_000_000
@@ -42,13 +51,12 @@ IMAGE_SIZE = 96
 
 @dataclass
 class NeedleArguments:
-    """What to train on; everything else is `TrainingArguments`."""
+    """How long to train; everything else is `TrainingArguments`."""
 
-    vision_steps: int = 1400
-    image_steps: int = 400
-    short_video_steps: int = 500
-    video_steps: int = 300
-    num_videos: int = 1000
+    vision_steps: int = 1600
+    image_steps: int = 600
+    short_video_steps: int = 300
+    video_steps: int = 250
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -180,41 +188,45 @@ class NamedNeedles(Dataset):
 
 
 class NeedleNamer(nn.Module):
-    """The vision tower with a linear head on the feature map that the compressor will read, pooled by its maximum."""
+    """The vision tower with linear heads on the feature map that the compressor will read.
+
+    Heads on the maximum of the map learn fast; those on its mean make it one that can be averaged, as the compressor
+    does.
+    """
 
     def __init__(self, model: MambaMiaForConditionalGeneration):
         super().__init__()
         self.encode_frames = model.model.encode_frames
         self.vision_tower = model.model.vision_tower
-        self.heads = nn.ModuleList(
-            nn.Linear(model.config.vision_grid[2], len(names)) for names in ([*SHAPES, *DIGITS], COLOURS)
-        )
+        names = len(SHAPES + DIGITS) + len(COLOURS)
+        self.heads = nn.ModuleList(nn.Linear(model.config.vision_grid[2], names) for _ in range(2))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """`pixel_values (batch, 1, 3, height, width)` and `labels (batch, 2)` to the loss."""
-        features = self.encode_frames(pixel_values.squeeze(1)).last_hidden_state.amax(dim=1)
-        losses = [nn.functional.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(self.heads)]
+        features = self.encode_frames(pixel_values.squeeze(1)).last_hidden_state
+        losses = []
+        for head, pooled in zip(self.heads, (features.mean(dim=1), features.amax(dim=1)), strict=True):
+            names, colours = head(pooled).split([len(SHAPES + DIGITS), len(COLOURS)], dim=1)
+            losses.append(nn.functional.cross_entropy(names, labels[:, 0]))
+            losses.append(nn.functional.cross_entropy(colours, labels[:, 1]))
         return {"loss": sum(losses)}
 
 
 class NeedleVideos(Dataset):
-    """H.264 files with every question about them, written once and kept."""
+    """H.264 files, written when they are asked for; none comes twice."""
 
-    def __init__(self, folder: Path, num_videos: int, num_frames: int):
+    def __init__(self, length: int, num_frames: int, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.conversations = []
-        for seed in range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + num_videos):
-            path = folder / f"{seed}.mp4"
-            video = write_needle_video(path, seed, duration=num_frames / 2)
-            for question, answer in needle_questions(video.needles[0], "video"):
-                self.conversations.append(conversation({"type": "video", "path": str(path)}, question, answer))
-        random.Random(0).shuffle(self.conversations)
+        self.length, self.num_frames, self.folder = length, num_frames, folder
 
     def __len__(self) -> int:
-        return len(self.conversations)
+        return self.length
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return self.conversations[index]
+        seed = FIRST_TRAINING_SEED + index
+        video = write_needle_video(self.folder / f"{seed}.mp4", seed, duration=self.num_frames / 2)
+        question, answer = random.Random(seed).choice(questions(video))
+        return conversation({"type": "video", "path": str(video.path)}, question, answer)
 
 
 @dataclass
@@ -289,7 +301,7 @@ def main():
     train(
         "short_video",
         model,
-        lambda: NeedleVideos(output / "videos_16", 4 * needle.num_videos, 16),
+        lambda: NeedleVideos(8 * needle.short_video_steps, 16, output / "videos_16"),
         Collator(processor),
         max_steps=needle.short_video_steps,
         per_device_train_batch_size=8,
@@ -298,7 +310,7 @@ def main():
     train(
         "video",
         model,
-        lambda: NeedleVideos(output / "videos_64", needle.num_videos, 64),
+        lambda: NeedleVideos(4 * needle.video_steps, 64, output / "videos_64"),
         Collator(processor),
         max_steps=needle.video_steps,
         per_device_train_batch_size=4,

@@ -200,7 +200,7 @@ def test_budget_and_threshold_in_one_batch(model, video, kept):
 @pytest.mark.parametrize("placeholders", [NUM_ANCHORS * LONG - 1, NUM_ANCHORS * (LONG + 1), 1])
 def test_any_other_number_of_placeholders_is_an_error(model, video, placeholders):
     ids = torch.tensor([[5, *[VIDEO_TOKEN] * placeholders, 6]])
-    with pytest.raises(ValueError, match=f"12 frames has {placeholders} placeholders.*expected 48 .4 a frame."):
+    with pytest.raises(ValueError, match=f"12 frames has {placeholders} placeholders.*expected 48, 4 a frame"):
         model(ids, pixel_values_videos=video)
     with pytest.raises(ValueError, match="expected 48"):
         model.generate(ids, pixel_values_videos=video, max_new_tokens=2)
@@ -328,6 +328,7 @@ def test_an_image_prompt(model, video):
 # Generation
 
 
+NO_PLACEHOLDERS = {"suppress_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]}  # which random weights might come up with
 GENERATION = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3},
@@ -343,7 +344,7 @@ GENERATION = {
 
 @pytest.mark.parametrize("mode", GENERATION)
 def test_generation_is_that_of_the_kept_tokens(model, batch, mode):
-    arguments = {"max_new_tokens": 6, **GENERATION[mode]}
+    arguments = {"max_new_tokens": 6, **NO_PLACEHOLDERS, **GENERATION[mode]}
     reference = {key: value for key, value in arguments.items() if key != "use_cache"}
     bare = text_model(model)
     torch.manual_seed(0)
@@ -479,23 +480,53 @@ def test_a_video_after_cached_turns(model, video):
         assert cache.get_seq_length() == whole.logits.shape[1]
 
 
+def test_placeholders_beyond_the_vocabulary(model, video):
+    beyond = tiny_model(image_token_id=VOCAB_SIZE, video_token_id=VOCAB_SIZE + 1)
+    ids = torch.where(PROMPT == VIDEO_TOKEN, VOCAB_SIZE + 1, PROMPT)
+    expected = model(PROMPT, pixel_values_videos=video).logits
+    assert torch.equal(beyond(ids, pixel_values_videos=video).logits, expected)
+    out = beyond.generate(ids, pixel_values_videos=video, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out[:, -3:], model.generate(PROMPT, pixel_values_videos=video, max_new_tokens=3)[:, -3:])
+    embeds = model.get_input_embeddings()(torch.tensor([[5, 6]]))
+    assert torch.equal(beyond(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
+
+
 def test_text_alone_is_the_bare_text_model(model):
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    ids = torch.tensor([[5, 6, VIDEO_TOKEN, 8, 9]])
     bare = text_model(model)
     torch.testing.assert_close(model(ids).logits, bare(ids).logits, atol=0, rtol=0)
     arguments = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(ids, delta_threshold=0.2, **arguments), bare.generate(ids, **arguments))
 
 
-@pytest.mark.parametrize("text_config", [{"model_type": "llama"}, {"model_type": "gpt_neox"}])
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        {"model_type": "llama"},
+        {"model_type": "gpt_neox"},
+        {"model_type": "mamba2", "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    ],
+    ids=lambda text_config: text_config["model_type"],
+)
 def test_other_language_models(text_config, batch, tmp_path):
     model = tiny_model(text_config=text_config)
     bare = text_model(model)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     torch.testing.assert_close(model(ids).logits, bare(ids).logits, atol=0, rtol=0)
-    expected = bare.generate(**kept_batch(model, batch), max_new_tokens=4, do_sample=False)
-    assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False)[:, PROMPT.shape[1] :], expected)
-    model.save_pretrained(tmp_path)
+    for arguments in ({}, {"num_beams": 2}, {"use_cache": False}):
+        arguments = {"max_new_tokens": 4, "do_sample": False, **NO_PLACEHOLDERS, **arguments}
+        assert torch.equal(model.generate(ids, **arguments), bare.generate(ids, **arguments))
+        for row in range(2):
+            alone = row_alone(batch, row)
+            out = model.generate(**alone, **arguments)[:, alone["input_ids"].shape[1] :]
+            if text_config["model_type"] != "mamba2":  # whose `generate` takes no embeddings
+                embeds = kept_embeddings(model, alone)
+                assert torch.equal(out, bare.generate(inputs_embeds=embeds, **{**arguments, "use_cache": True}))
+            assert torch.equal(model.generate(**batch, **arguments)[row, PROMPT.shape[1] :], out[0])
+    loss = model.train()(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    model.eval().save_pretrained(tmp_path)
     loaded = MambaMiaForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, atol=0, rtol=0)
 

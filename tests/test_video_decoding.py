@@ -76,6 +76,7 @@ CONTAINERS = {
     "mpeg-ts": {"name": "v.ts"},
     "flv": {"name": "v.flv"},
     "avi of MPEG-4": {"name": "v.avi", "codec": "mpeg4"},
+    "avi of H.264": {"name": "v.avi"},
     "raw H.264": {"name": "v.h264"},
     "raw MPEG-4": {"name": "v.m4v", "codec": "mpeg4"},
 }
@@ -142,6 +143,26 @@ def test_frames_that_no_other_needs_are_left_out(tmp_path):
     assert read_numbers(frames) == wanted
 
 
+@pytest.mark.parametrize("indices", [[0], [39], [3, 25], [5, 6, 7, 19, 38], range(40)])
+def test_timestamps_in_the_order_of_the_file(tmp_path, indices):
+    # MXF numbers the frames as they follow each other in the file, although B-frames are shown before what they need.
+    path = write_video(tmp_path / "v.mxf", fps=25)
+    with av.open(str(path)) as container:
+        times = [frame.pts for frame in container.decode(video=0)]
+    assert times != sorted(times)
+    frames, metadata = decode_video(path, pick(*indices))
+    assert metadata.timestamps == pytest.approx([index / 25 for index in indices])
+    # A frame or two away where only few are asked for: nothing then tells that the order is wrong.
+    assert np.abs(np.array(read_numbers(frames)) - indices).max() <= (0 if len(indices) == 40 else 2)
+
+
+def test_a_file_that_cannot_be_entered_in_the_middle(tmp_path):
+    path = write_video(tmp_path / "v.mjpeg", codec="mjpeg", codec_options={"strict": "unofficial"})
+    frames, metadata = decode_video(path, pick(3, 25))
+    assert read_numbers(frames) == [3, 25]
+    assert metadata.total_num_frames == 40
+
+
 def test_variable_frame_rate(tmp_path):
     times = [0.0, 0.1, 0.2, 1.7, 1.75, 1.8, 4.0, 4.5, 4.6]
     frames, metadata = decode_video(write_video(tmp_path / "v.mp4", num_frames=9, times=times), every(2))
@@ -152,12 +173,22 @@ def test_variable_frame_rate(tmp_path):
 
 
 def test_frames_before_the_start_are_not_shown(tmp_path):
-    # MP4 keeps the frames from the last key frame on when a video is cut without coding it anew, and says which to hide.
+    # An MP4 that was cut without coding it anew keeps the frames from the last key frame on, and says which to hide.
     path = write_video(tmp_path / "v.mp4", start=-0.5)
     frames, metadata = decode_video(path)
     assert read_numbers(frames) == list(range(5, 40))
     assert metadata.timestamps == pytest.approx([number / 10 for number in range(35)])
     assert read_numbers(decode_video(path, pick(0, 11))[0]) == [5, 16]
+
+
+def test_repeated_frames(tmp_path):
+    # AVI has an empty place for every time at which there is no new frame.
+    times = [0.0, 0.1, 0.5, 0.6, 1.4, 1.5]
+    path = write_video(tmp_path / "v.avi", codec="mpeg4", num_frames=6, times=times, key_every=3)
+    frames, metadata = decode_video(path)
+    assert read_numbers(frames) == list(range(6))
+    assert metadata.timestamps == pytest.approx(times)
+    assert read_numbers(decode_video(path, pick(2, 5))[0]) == [2, 5]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])

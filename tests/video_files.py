@@ -57,7 +57,7 @@ def write_video(
 
     Args:
         num_frames: How many frames, each of which shows its number.
-        fps: The frame rate; also states the rate where `times` are given.
+        fps: The frame rate; where `times` are given, the rate that the file states.
         times: When each frame is shown, in seconds, for a variable rate.
         start: The time of the first frame in seconds.
         key_every: The largest number of frames from one key frame to the next.
@@ -69,9 +69,10 @@ def write_video(
     """
     if images is None:
         images = [draw_number(number) for number in range(num_frames)]
-    time_base = Fraction(1, fps if times is None else 1000 * fps)
     if times is None:
         times = [number / fps for number in range(len(images))]
+    is_regular = all(abs(time * fps - round(time * fps)) < 1e-6 for time in times)
+    time_base = Fraction(1, fps if is_regular else 1000 * fps)
     if codec_options is None:
         codec_options = {"bf": "2", "preset": "veryfast", "sc_threshold": "0"} if codec == "libx264" else {}
 

@@ -364,8 +364,10 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         """`(batch_size, sequence_length)`, True where the prompt holds the placeholder `token_id`."""
         if input_ids is not None:
             return input_ids == token_id
-        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
-        return (inputs_embeds == embedding).all(dim=-1)
+        embeddings = self.get_input_embeddings()
+        if token_id >= embeddings.num_embeddings:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        return (inputs_embeds == embeddings(torch.tensor(token_id, device=inputs_embeds.device))).all(dim=-1)
 
     @can_return_tuple
     def forward(
@@ -407,9 +409,9 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, self.config.image_token_id)
         video_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, self.config.video_token_id)
         if inputs_embeds is None:
-            # Placeholders may be numbered beyond the vocabulary; what stands there is replaced anyway.
-            text_ids = input_ids.masked_fill(image_tokens | video_tokens, 0)
-            inputs_embeds = self.get_input_embeddings()(text_ids)
+            # Placeholders may be numbered beyond the vocabulary; what stands there is replaced.
+            beyond = (image_tokens | video_tokens) & (input_ids >= self.get_input_embeddings().num_embeddings)
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(beyond, 0))
         if pixel_values is not None:
             encoded["image"] = self.get_image_features(pixel_values, return_dict=True, **vision)
         if pixel_values_videos is not None:

@@ -84,9 +84,16 @@ class _Packets:
         usable = keys[self.pts[keys] <= self.pts[packet]]
         return usable if len(usable) else np.zeros(1, dtype=int)
 
+    def earliest(self, index: int) -> int:
+        "The number of the first frame that may stand for the frame numbered `index` where that is never decoded."
+        if self.exact or not self.timed:
+            return index
+        key_pts = self.pts[self.starts(self.shown[index])[-1]]
+        return int(np.searchsorted(self.pts[self.shown], key_pts))
+
 
 class _SeekError(Exception):
-    "The container cannot be entered at a given packet."
+    "The container cannot be entered at a given packet, or its timestamps are not those of showing."
 
 
 def decode_video(
@@ -311,40 +318,49 @@ def _decode_frames(
     Returns the frames, of shape `(len(indices), 3, height, width)`; the number of the frame that was found for each
     index, -1 where none could be decoded; and the height and width of the frames in the file.
     """
-    wanted = packets.shown[indices]
-    shown_pts = packets.pts[packets.shown]
-    frames, size, latest = None, None, None
+    if packets.timed:
+        try:
+            with _open_video(path, name) as (container, stream):
+                decoded = _decode_by_seeking(container, stream, packets, indices)
+                return _take_frames(decoded, name, packets, indices, transform, progress)
+        except _SeekError:
+            pass  # a rare container, of which decoding everything in order makes the best
+    with _open_video(path, name) as (container, stream):
+        decoded = enumerate(chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream)))
+        return _take_frames(decoded, name, packets, indices, transform, progress)
+
+
+def _take_frames(
+    decoded: Iterator[tuple[int, av.VideoFrame]],
+    name: str,
+    packets: _Packets,
+    indices: np.ndarray,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    "Converts the frames numbered `indices` among the `decoded` ones, which come with their numbers; see above."
+    frames, size, latest = None, None, (-1, None)
     found = np.full(len(indices), -1)
     reformatter = VideoReformatter()  # one for all frames: setting one up takes far longer than a conversion
     pending = deque(range(len(indices)))
-
-    def settle(i: int):
-        # The frame on display at a wanted time is the latest by then, unless that comes from before a damaged part.
-        nonlocal frames, size
-        earliest = wanted[i] if packets.exact else packets.starts(wanted[i])[-1]
-        if latest is None or latest[0] < packets.pts[earliest]:
-            return
-        image = _to_upright_rgb(latest[1], reformatter, size)
-        size = size or image.shape[:2]
-        image = torch.from_numpy(image).permute(2, 0, 1)
-        image = (image if transform is None else transform(image)).numpy()
-        if frames is None:
-            frames = np.empty((len(indices), *image.shape), dtype=image.dtype)
-        frames[i] = image
-        found[i] = np.searchsorted(shown_pts, latest[0], side="right") - 1
-
     with tqdm(total=len(indices), desc=f"Decoding {name}", unit="frame", disable=not progress) as bar:
-        for pts, frame in _decode_around(path, name, packets, wanted):
-            while pending and packets.pts[wanted[pending[0]]] < pts:
-                settle(pending.popleft())
+        for number, frame in chain(decoded, [(np.inf, None)]):
+            while pending and indices[pending[0]] < number:
+                i = pending.popleft()
                 bar.update()
+                # On display is the latest frame until then, unless damage has swallowed what came after it.
+                if latest[0] < packets.earliest(indices[i]):
+                    continue
+                image = _to_upright_rgb(latest[1], reformatter, size)
+                size = size or image.shape[:2]
+                image = torch.from_numpy(image).permute(2, 0, 1)
+                image = (image if transform is None else transform(image)).numpy()
+                if frames is None:
+                    frames = np.empty((len(indices), *image.shape), dtype=image.dtype)
+                frames[i], found[i] = image, latest[0]
             if not pending:
                 break
-            latest = pts, frame
-        while pending:
-            settle(pending.popleft())
-            bar.update()
-
+            latest = number, frame
     if frames is None:
         raise ValueError(f"None of the {len(indices)} sampled frames of {name} can be decoded: the file is damaged.")
     return frames, found, size
@@ -360,32 +376,29 @@ def _to_upright_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: t
     return np.ascontiguousarray(np.rot90(image, turns))
 
 
-def _decode_around(path: str, name: str, packets: _Packets, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-    "Yields frames with their times (as in `packets.pts`), those of the `wanted` packets among them."
-    if packets.timed:
-        try:
-            with _open_video(path, name) as (container, stream):
-                for frame in _decode_by_seeking(container, stream, packets, wanted):
-                    if frame.pts is not None:
-                        yield frame.pts, frame
-            return
-        except _SeekError:
-            pass  # a rare container that can only be read from its beginning
-    with _open_video(path, name) as (container, stream):
-        frames = chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream))
-        for number, frame in enumerate(frames):
-            yield frame.pts if packets.timed else number, frame
-
-
 def _decode_by_seeking(
-    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, wanted: np.ndarray
-) -> Iterator[av.VideoFrame]:
-    "Decodes, in order of time, from the last possible key frame to each of the `wanted` packets."
+    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, indices: np.ndarray
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    "Decodes from the last possible key frame to each wanted frame; yields frames with their ascending numbers."
+    wanted = packets.shown[indices]
+    shown_pts = packets.pts[packets.shown]
     wanted_pts = set(packets.pts[wanted].tolist())
+    number = -1
+
+    def numbered(frames: list[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
+        nonlocal number
+        for frame in frames:
+            if frame.pts is None:
+                continue
+            previous, number = number, int(np.searchsorted(shown_pts, frame.pts, side="right")) - 1
+            if number < previous:
+                raise _SeekError  # the times in the file are not those of showing
+            yield number, frame
+
     incoming, position = container.demux(stream), 0
     for start, last in sorted((int(packets.starts(packet)[-1]), int(packet)) for packet in wanted):
         if start > position:
-            yield from _decode_packet(stream, None)  # what the decoder's threads still hold
+            yield from numbered(_decode_packet(stream, None))  # what the decoder's threads still hold
             incoming, position = _seek(container, stream, packets, start), start
         while position <= last:
             packet = next(incoming, None)
@@ -393,9 +406,9 @@ def _decode_by_seeking(
                 return
             if packets.exact:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
-            yield from _decode_packet(stream, packet)
+            yield from numbered(_decode_packet(stream, packet))
             position += 1
-    yield from _decode_packet(stream, None)
+    yield from numbered(_decode_packet(stream, None))
 
 
 def _seek(

@@ -1,0 +1,57 @@
+"""The checkpoint that comes with the package, and its card."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
+from mambamia_hf.needle import questions, write_needle_video
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    return (
+        AutoModelForImageTextToText.from_pretrained(BUNDLED_CHECKPOINT),
+        AutoProcessor.from_pretrained(BUNDLED_CHECKPOINT),
+    )
+
+
+def ask(model, processor, path: Path, question: str, **processor_kwargs) -> str:
+    content = [{"type": "video", "path": str(path)}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    )
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+def test_is_small_and_complete(model_and_processor):
+    model, _ = model_and_processor
+    assert type(model) is MambaMiaForConditionalGeneration
+    files = list(Path(BUNDLED_CHECKPOINT).iterdir())
+    assert sum(file.stat().st_size for file in files if file.suffix == ".safetensors") < 10e6
+    assert not any(file.suffix == ".bin" for file in files)
+
+
+def test_answers_about_fresh_videos(model_and_processor, tmp_path):
+    right = []
+    for seed in range(900_000, 900_012):  # training draws from 1,000,000 on
+        video = write_needle_video(tmp_path / "video.mp4", seed)
+        question, answer = questions(video)[0]
+        right.append(ask(*model_and_processor, video.path, question) == answer)
+    assert sum(right) >= 10, f"{sum(right)} of {len(right)} answers are right; by chance it would be one or two"
+
+
+def test_model_card_is_valid():
+    card = ModelCard.load(Path(__file__).parents[1] / "MODEL_CARD.md")
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "video-text-to-text"
+    assert "@" not in card.text, "a figure has not been filled in"
