@@ -480,6 +480,20 @@ def test_a_video_after_cached_turns(model, video):
         assert cache.get_seq_length() == whole.logits.shape[1]
 
 
+def test_end_of_frame_vector(video):
+    model = tiny_model(end_of_frame=True)
+    ids = torch.tensor([[5, 6, *[VIDEO_TOKEN] * LONG * (NUM_ANCHORS + 1), 7, 8]])
+    features = model.get_video_features(video)
+    assert features.last_hidden_state.shape == (1, LONG, NUM_ANCHORS + 1, 32)
+    assert (features.last_hidden_state[:, :, -1] == model.model.end_of_frame).all()
+    output = model(ids, pixel_values_videos=video)
+    assert not output.selected_frames.all()
+    expected = text_model(model)(
+        inputs_embeds=kept_embeddings(model, {"input_ids": ids, "pixel_values_videos": video})
+    )
+    torch.testing.assert_close(output.logits, expected.logits)
+
+
 def test_placeholders_beyond_the_vocabulary(model, video):
     beyond = tiny_model(image_token_id=VOCAB_SIZE, video_token_id=VOCAB_SIZE + 1)
     ids = torch.where(PROMPT == VIDEO_TOKEN, VOCAB_SIZE + 1, PROMPT)

@@ -186,14 +186,6 @@ _PRESETS = {
     },
 }
 
-# Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
-_AUTO_MAP = {
-    "AutoConfig": "configuration_mambamia.MambaMiaConfig",
-    "AutoModel": "modeling_mambamia.MambaMiaModel",
-    "AutoModelForImageTextToText": "modeling_mambamia.MambaMiaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_mambamia.MambaMiaForConditionalGeneration",
-}
-
 
 @strict
 class MambaMiaConfig(PreTrainedConfig):
@@ -265,7 +257,7 @@ class MambaMiaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**{"auto_map": dict(_AUTO_MAP), **kwargs})
+        super().__post_init__(**kwargs)
         self.compressor_config.input_size = self.vision_grid[2]
         self.compressor_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings

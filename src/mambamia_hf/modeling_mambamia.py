@@ -23,6 +23,15 @@ from .configuration_mambamia import MambaMiaConfig
 from .modeling_compressor import MambaMiaCompressor, select_frames
 
 
+# Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_mambamia.MambaMiaConfig",
+    "AutoModel": "modeling_mambamia.MambaMiaModel",
+    "AutoModelForImageTextToText": "modeling_mambamia.MambaMiaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mambamia.MambaMiaForConditionalGeneration",
+}
+
+
 @dataclass
 class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
     """
@@ -113,6 +122,11 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MambaMiaModel) and module.end_of_frame is not None:
             init.normal_(module.end_of_frame, std=module.end_of_frame.numel() ** -0.5)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """As any model's; the code goes along, so that it loads where this package is not installed."""
+        self.config.auto_map = dict(_AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
 
 
 class MambaMiaModel(MambaMiaPreTrainedModel):

@@ -8,6 +8,7 @@ frame is converted and resized as soon as it is decoded, so that only resized fr
 """
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -30,8 +31,8 @@ from transformers.video_utils import VideoMetadata
 
 VideoSource = str | os.PathLike | bytes | BinaryIO
 
-# Others have packets that show nothing, and no mark on the frames that no other frame refers to.
-_CODECS_WITH_ONE_FRAME_A_PACKET = ("h264", "hevc")
+# In their packets it says up front whether another frame refers to a frame.
+_CODECS_WITH_MARKED_FRAMES = ("h264", "hevc")
 
 
 @dataclass
@@ -68,14 +69,14 @@ class _Packets:
         keys (`np.ndarray` of shape `(num_keys,)`): The packets at which decoding can start.
         shown (`np.ndarray` of shape `(num_frames,)`): The packets whose frames are shown, in the order of showing.
         timed (`bool`): Whether the container has timestamps.
-        exact (`bool`): Whether every packet is one shown frame, so that unwanted ones may be left out.
+        marked (`bool`): Whether decoders know a frame that no other refers to before decoding it.
     """
 
     pts: np.ndarray
     keys: np.ndarray
     shown: np.ndarray
     timed: bool
-    exact: bool
+    marked: bool
 
     def starts(self, packet: int) -> np.ndarray:
         "The packets from which the frame of `packet` can be decoded, the nearest last."
@@ -83,13 +84,6 @@ class _Packets:
         # A frame that is shown before the key frame it follows in the file needs the key frame before that one.
         usable = keys[self.pts[keys] <= self.pts[packet]]
         return usable if len(usable) else np.zeros(1, dtype=int)
-
-    def earliest(self, index: int) -> int:
-        "The number of the first frame that may stand for the frame numbered `index` where that is never decoded."
-        if self.exact or not self.timed:
-            return index
-        key_pts = self.pts[self.starts(self.shown[index])[-1]]
-        return int(np.searchsorted(self.pts[self.shown], key_pts))
 
 
 class _SeekError(Exception):
@@ -256,7 +250,7 @@ def _read_packets(
     # The average rate is unknown to streams without timestamps.
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     timed = all(pts[packet] is not None for packet in shown)
-    exact = timed and stream.codec_context.name in _CODECS_WITH_ONE_FRAME_A_PACKET
+    marked = stream.codec_context.name in _CODECS_WITH_MARKED_FRAMES
     if timed:
         pts = np.array([0 if value is None else value for value in pts])
         shown = shown[np.argsort(pts[shown], kind="stable")]
@@ -291,16 +285,17 @@ def _read_packets(
         video_backend="pyav",
         frame_timestamps=timestamps,
     )
-    return _Packets(pts=pts, keys=np.flatnonzero(is_key), shown=shown, timed=timed, exact=exact), metadata
+    return _Packets(pts=pts, keys=np.flatnonzero(is_key), shown=shown, timed=timed, marked=marked), metadata
 
 
 def _announced_duration(container: av.container.InputContainer, stream: av.VideoStream, start: float) -> float | None:
     "The seconds that the header states for the video stream, which starts at `start`, or else for the whole file."
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    if "DURATION" in stream.metadata:  # how Matroska and WebM state it, as 00:00:25.025000000
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds) - start
+    # Matroska and WebM state it as 00:00:25.025000000.
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, match.groups())
+        return 3600 * hours + 60 * minutes + seconds - start
     return container.duration / av.time_base - start if container.duration else None
 
 
@@ -322,18 +317,17 @@ def _decode_frames(
         try:
             with _open_video(path, name) as (container, stream):
                 decoded = _decode_by_seeking(container, stream, packets, indices)
-                return _take_frames(decoded, name, packets, indices, transform, progress)
+                return _take_frames(decoded, name, indices, transform, progress)
         except _SeekError:
             pass  # a rare container, of which decoding everything in order makes the best
     with _open_video(path, name) as (container, stream):
         decoded = enumerate(chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream)))
-        return _take_frames(decoded, name, packets, indices, transform, progress)
+        return _take_frames(decoded, name, indices, transform, progress)
 
 
 def _take_frames(
     decoded: Iterator[tuple[int, av.VideoFrame]],
     name: str,
-    packets: _Packets,
     indices: np.ndarray,
     transform: Callable[[torch.Tensor], torch.Tensor] | None,
     progress: bool,
@@ -348,8 +342,8 @@ def _take_frames(
             while pending and indices[pending[0]] < number:
                 i = pending.popleft()
                 bar.update()
-                # On display is the latest frame until then, unless damage has swallowed what came after it.
-                if latest[0] < packets.earliest(indices[i]):
+                # Some packets show nothing of their own, such as second fields: then the frame before is on display.
+                if latest[0] < indices[i] - 1 or latest[1] is None:
                     continue
                 image = _to_upright_rgb(latest[1], reformatter, size)
                 size = size or image.shape[:2]
@@ -380,9 +374,9 @@ def _decode_by_seeking(
     container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, indices: np.ndarray
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     "Decodes from the last possible key frame to each wanted frame; yields frames with their ascending numbers."
-    wanted = packets.shown[indices]
     shown_pts = packets.pts[packets.shown]
-    wanted_pts = set(packets.pts[wanted].tolist())
+    # The frame before a wanted one stands in for it where its packet shows nothing.
+    needed_pts = set(shown_pts[indices]) | set(shown_pts[np.maximum(indices - 1, 0)])
     number = -1
 
     def numbered(frames: list[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -396,7 +390,7 @@ def _decode_by_seeking(
             yield number, frame
 
     incoming, position = container.demux(stream), 0
-    for start, last in sorted((int(packets.starts(packet)[-1]), int(packet)) for packet in wanted):
+    for start, last in sorted((int(packets.starts(packet)[-1]), int(packet)) for packet in packets.shown[indices]):
         if start > position:
             yield from numbered(_decode_packet(stream, None))  # what the decoder's threads still hold
             incoming, position = _seek(container, stream, packets, start), start
@@ -404,8 +398,8 @@ def _decode_by_seeking(
             packet = next(incoming, None)
             if packet is None:
                 return
-            if packets.exact:
-                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
+            if packets.marked:
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
             yield from numbered(_decode_packet(stream, packet))
             position += 1
     yield from numbered(_decode_packet(stream, None))
