@@ -1,6 +1,6 @@
 """Counts the parameters of the full-size presets, part by part, on the meta device.
 
-    python benchmarks/count_parameters.py
+python benchmarks/count_parameters.py
 """
 
 import torch

@@ -137,11 +137,11 @@ def test_only_what_is_needed_is_decoded(tmp_path, decoded, name):
 def test_frames_that_no_other_needs_are_left_out(tmp_path, decoded):
     path = write_video(tmp_path / "v.mp4", codec_options={"bf": "2", "x264-params": "b-pyramid=none:b-adapt=0"})
     # From the key frame 10 on, the B-frames are 11, 12, 14, 15, 17 and 18.
-    frames, _ = decode_video(path, pick(19))
-    assert read_numbers(frames) == [19]
+    frames, _ = decode_video(path, pick(18))
+    assert read_numbers(frames) == [18]
     # The frame before a wanted one is decoded too, in case that the packet of the wanted one shows nothing of its own.
     came_out = [frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for _, frames in decoded for frame in frames]
-    assert read_numbers(came_out) == [10, 13, 16, 18, 19]
+    assert read_numbers(came_out) == [10, 13, 16, 17, 18, 19]
 
 
 @pytest.mark.parametrize("indices", [[0], [39], [3, 25], [5, 6, 7, 19, 38], range(40)])
