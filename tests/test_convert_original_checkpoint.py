@@ -310,7 +310,6 @@ def test_compressor_does_not_share_its_tensors():
     assert torch.equal(tensors["query_token"], before) and compressor.anchor.requires_grad
 
 
-@pytest.mark.skipif(not hasattr(MambaMiaConfig, "end_of_frame"), reason="the model has no end-of-frame vector yet")
 def test_end_of_frame_vector(tmp_path):
     original = Original()
     original.tensors["model.image_newframe"] = torch.arange(48.0)
@@ -329,7 +328,9 @@ def test_compressor_with_input_norm():
     patches = features @ tensors["input_proj.weight"].T + tensors["input_proj.bias"]
     rows = patches.unflatten(2, (2, 4)).flatten(0, 2)
     rows = torch.cat([rows, tensors["query_token"].expand(len(rows), 1, -1)], dim=1)
-    normed = torch.nn.functional.layer_norm(rows, (32,), tensors["input_norm.weight"], tensors["input_norm.bias"])
+    normed = torch.nn.functional.layer_norm(
+        rows, (32,), tensors["input_norm.weight"], tensors["input_norm.bias"], 1e-6
+    )
     seen = []
     compressor.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     compressor(features)

@@ -40,6 +40,14 @@ def _in_full(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class MambaMiaCausalConv1d(nn.Conv1d):
+    """Causal depthwise convolution and SiLU; a module that is called, so that offloading brings its weights."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """`(batch, length, channels)` to the same shape; `context` as in `causal_conv1d_silu`."""
+        return causal_conv1d_silu(x, self.weight.squeeze(1), self.bias, context)
+
+
 @use_kernelized_func([_kernel_chunk_scan, _kernel_causal_conv1d])
 class MambaMiaMamba2SSM(nn.Module):
     """One direction of a Mamba-2 mixer: causal convolution, scan with one A a head, RMS norm."""
@@ -51,7 +59,7 @@ class MambaMiaMamba2SSM(nn.Module):
         self.x_split = [config.intermediate_size, state_width, state_width]
         channels = sum(self.x_split)
         self.input_split = [channels, config.num_heads]
-        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.conv1d = MambaMiaCausalConv1d(channels, channels, config.conv_kernel, groups=channels)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.D = nn.Parameter(torch.empty(config.num_heads))
@@ -96,7 +104,7 @@ class MambaMiaMamba2SSM(nn.Module):
         config = self.config
         xBC, dt = inputs.split(self.input_split, dim=-1)
         context = None if context is None else context[..., : xBC.shape[-1]]
-        xBC = causal_conv1d_silu(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, context)
+        xBC = self.conv1d(xBC, context)
         x, B, C = xBC.split(self.x_split, dim=-1)
         B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
         delta = nn.functional.softplus(_in_full(dt) + _in_full(self.dt_bias)).clamp(*config.time_step_limit)
@@ -113,7 +121,7 @@ class MambaMiaMamba1SSM(nn.Module):
         channels, rank = config.intermediate_size, math.ceil(config.hidden_size / 16)
         self.input_split = [channels]
         self.x_split = [rank, config.state_size, config.state_size]
-        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.conv1d = MambaMiaCausalConv1d(channels, channels, config.conv_kernel, groups=channels)
         self.x_proj = nn.Linear(channels, sum(self.x_split), bias=False)
         self.dt_proj = nn.Linear(rank, channels, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(channels))
@@ -122,7 +130,7 @@ class MambaMiaMamba1SSM(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, None]:
         """`(batch, length, intermediate_size)` to the output of the scan and its Δ, both of the same shape."""
-        x = causal_conv1d_silu(inputs, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x = self.conv1d(inputs)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
@@ -269,6 +277,11 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
     base_model_prefix = "compressor"
     main_input_name = "features"
     supports_gradient_checkpointing = True
+    # There is no attention in it, so whichever the models around it use will do.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _no_split_modules = ["MambaMiaSpatialBlock", "MambaMiaTemporalBlock"]
 
     @torch.no_grad()
