@@ -199,7 +199,7 @@ class NeedleNamer(nn.Module):
         self.encode_frames = model.model.encode_frames
         self.vision_tower = model.model.vision_tower
         names = len(SHAPES + DIGITS) + len(COLOURS)
-        self.heads = nn.ModuleList(nn.Linear(model.config.vision_grid[2], names) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(model.config.vision_hidden_size, names) for _ in range(2))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """`pixel_values (batch, 1, 3, height, width)` and `labels (batch, 2)` to the loss."""

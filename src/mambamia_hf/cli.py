@@ -302,7 +302,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     answer = ask(BUNDLED_CHECKPOINT, str(video.path), question, keep_ratio=DEMO_KEEP_RATIO, plot=plot)
 
     config = MambaMiaConfig.from_pretrained(BUNDLED_CHECKPOINT)
-    rows, columns, _ = config.vision_grid
+    rows, columns = config.patch_grid()
     patches = answer.frames * rows * columns
     anchors = patches // config.compressor_config.patches_per_anchor
     print(f"question  {question}")

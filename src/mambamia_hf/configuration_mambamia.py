@@ -1,6 +1,6 @@
 """Configurations of MambaMia: the compressor alone, and vision tower + compressor + language model."""
 
-from operator import floordiv
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -258,7 +258,7 @@ class MambaMiaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.compressor_config.input_size = self.vision_grid[2]
+        self.compressor_config.input_size = self.vision_hidden_size
         self.compressor_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.validate_architecture()
@@ -274,22 +274,38 @@ class MambaMiaConfig(PreTrainedConfig):
             raise ValueError(f"There is no preset '{name}'; choose from {', '.join(_PRESETS)}.")
         return cls(**{**_PRESETS[name], **kwargs})
 
-    @property
-    def vision_grid(self) -> tuple[int, int, int]:
-        """Rows and columns of a frame's patches as the vision tower gives them, and their width."""
+    def patch_grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of the patches that the vision tower makes of a frame, by default of its own size."""
         vision = self.vision_config
-        rows, columns = map(floordiv, _pair(vision.image_size), _pair(vision.patch_size))
-        if not hasattr(vision, "hidden_sizes"):
-            return rows, columns, vision.hidden_size
-        # ConvNeXt: feature maps, of the stem and of each stage; every stage after the first halves them.
-        stage = max(self.vision_layer(self.vision_feature_layer) - 1, 0)
-        return rows // 2**stage, columns // 2**stage, vision.hidden_sizes[stage]
+        patch_height, patch_width = _pair(vision.patch_size)
+        if height is None or width is None:
+            if not hasattr(vision, "image_size"):  # SigLIP2 that takes any size is trained on so many patches
+                return (math.isqrt(vision.num_patches),) * 2
+            height, width = _pair(vision.image_size)
+        # ConvNeXt: every stage after the first halves the feature map.
+        halvings = 2**self._vision_stage if hasattr(vision, "hidden_sizes") else 1
+        return height // patch_height // halvings, width // patch_width // halvings
+
+    def frame_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """Tokens that the language model gets for a frame: its anchors, and the end-of-frame vector if any."""
+        rows, columns = self.patch_grid(height, width)
+        return self.compressor_config.num_anchors(rows * columns) + self.end_of_frame
 
     @property
     def num_frame_tokens(self) -> int:
-        """Tokens that the language model gets for one frame: its anchors, and the end-of-frame vector if any."""
-        rows, columns, _ = self.vision_grid
-        return self.compressor_config.num_anchors(rows * columns) + self.end_of_frame
+        """`frame_tokens` of a frame of the vision tower's own size."""
+        return self.frame_tokens()
+
+    @property
+    def vision_hidden_size(self) -> int:
+        """Width of the vision tower's patches."""
+        vision = self.vision_config
+        return vision.hidden_sizes[self._vision_stage] if hasattr(vision, "hidden_sizes") else vision.hidden_size
+
+    @property
+    def _vision_stage(self) -> int:
+        """The stage of a ConvNeXt whose feature map is taken, from 0; its stem has the size of the first stage."""
+        return max(self.vision_layer(self.vision_feature_layer) - 1, 0)
 
     def vision_layer(self, vision_feature_layer: int) -> int:
         """The hidden state of the vision tower that `vision_feature_layer` stands for, counted from the first.

@@ -1,6 +1,7 @@
 """MambaMia: vision tower, compressor, frame selection, language model."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,15 +179,15 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         batch_size = self.config.vision_batch_size if vision_batch_size is None else vision_batch_size
         if batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1, not {batch_size}.")
-        tower, (rows, columns, _) = self.vision_tower, self.config.vision_grid
-        num_patches = rows * columns
+        tower, num_patches = self.vision_tower, math.prod(self.config.patch_grid(*frames.shape[-2:]))
         if output_hidden_states is None:
             output_hidden_states = tower.config.output_hidden_states
         features, hidden_states, attentions = [], [], []
         for chunk in frames.split(batch_size):
             if tower.device.type != "meta":  # where the tower is offloaded, its own hooks move the frames
                 chunk = chunk.to(tower.device)
-            outputs = tower(chunk.to(tower.dtype), output_hidden_states=True, return_dict=True, **kwargs)
+            inputs = self._tower_inputs(chunk.to(tower.dtype))
+            outputs = tower(**inputs, output_hidden_states=True, return_dict=True, **kwargs)
             patches = outputs.hidden_states[layer]
             if patches.ndim == 4:  # ConvNeXt's feature map
                 patches = patches.flatten(2).mT
@@ -198,6 +199,22 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             hidden_states=_cat_layers(hidden_states),
             attentions=_cat_layers(attentions),
         )
+
+    def _tower_inputs(self, frames: Tensor) -> dict[str, Any]:
+        """Frames of any size as the vision tower takes them."""
+        vision = self.config.vision_config
+        rows, columns = self.config.patch_grid(*frames.shape[-2:])
+        if vision.model_type == "siglip2_vision_model":  # takes patches, of the pixels of each in order
+            patches = frames.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+            patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+            return {
+                "pixel_values": patches,
+                "pixel_attention_mask": torch.ones_like(patches[:, :, 0], dtype=torch.long),
+                "spatial_shapes": torch.tensor([[rows, columns]], device=frames.device).expand(len(frames), -1),
+            }
+        if (rows, columns) == self.config.patch_grid() or hasattr(vision, "hidden_sizes"):
+            return {"pixel_values": frames}
+        return {"pixel_values": frames, "interpolate_pos_encoding": True}
 
     def compress(self, features: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The tokens of frames and their Δ.
@@ -342,7 +359,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         Raises:
             ValueError: if the placeholders of a video are not the tokens of a whole number of its frames.
         """
-        num_frame_tokens = self.config.num_frame_tokens
+        num_frame_tokens = self.config.frame_tokens(*pixel_values_videos.shape[-2:])
         frame_mask = _real_frames(pixel_values_videos, frame_mask)
         lengths = frame_mask.sum(dim=1).tolist()
         counts = _placeholder_runs(placeholders)
