@@ -40,6 +40,11 @@ def extra_bytes(contestant: Callable[[], Any]) -> int:
     return peak - before
 
 
+def peak_rss() -> int:
+    """The most memory in bytes that this process has held so far (Linux)."""
+    return _status("VmHWM")
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

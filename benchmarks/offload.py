@@ -1,6 +1,6 @@
 """A sharded checkpoint of a model of the 0.5B class: written, loaded lazily with most of it left on disk, and asked.
 
-    python benchmarks/offload.py
+python benchmarks/offload.py
 """
 
 import subprocess
