@@ -128,9 +128,9 @@ def test_siglip2_gets_what_its_own_processor_makes():
     )
     expected = processor(image, return_tensors="pt")
     frame = (image[None] / 255 - 0.5) / 0.5
-    inputs = build(vision="siglip2").model._tower_inputs(frame)
-    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
-    assert torch.equal(inputs["spatial_shapes"], expected["spatial_shapes"])
+    patches, shape = build(vision="siglip2").model._tower_inputs(frame)
+    torch.testing.assert_close(patches, expected["pixel_values"])
+    assert torch.equal(shape["spatial_shapes"], expected["spatial_shapes"])
 
 
 @pytest.mark.parametrize(

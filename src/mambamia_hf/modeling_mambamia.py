@@ -186,8 +186,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         for chunk in frames.split(batch_size):
             if tower.device.type != "meta":  # where the tower is offloaded, its own hooks move the frames
                 chunk = chunk.to(tower.device)
-            inputs = self._tower_inputs(chunk.to(tower.dtype))
-            outputs = tower(**inputs, output_hidden_states=True, return_dict=True, **kwargs)
+            pixel_values, shape = self._tower_inputs(chunk.to(tower.dtype))
+            outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
             patches = outputs.hidden_states[layer]
             if patches.ndim == 4:  # ConvNeXt's feature map
                 patches = patches.flatten(2).mT
@@ -200,21 +200,20 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             attentions=_cat_layers(attentions),
         )
 
-    def _tower_inputs(self, frames: Tensor) -> dict[str, Any]:
-        """Frames of any size as the vision tower takes them."""
+    def _tower_inputs(self, frames: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Frames of any size as the vision tower takes them, and what it wants to be told of their shape."""
         vision = self.config.vision_config
         rows, columns = self.config.patch_grid(*frames.shape[-2:])
         if vision.model_type == "siglip2_vision_model":  # takes patches, of the pixels of each in order
             patches = frames.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
             patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-            return {
-                "pixel_values": patches,
+            return patches, {
                 "pixel_attention_mask": torch.ones_like(patches[:, :, 0], dtype=torch.long),
                 "spatial_shapes": torch.tensor([[rows, columns]], device=frames.device).expand(len(frames), -1),
             }
         if (rows, columns) == self.config.patch_grid() or hasattr(vision, "hidden_sizes"):
-            return {"pixel_values": frames}
-        return {"pixel_values": frames, "interpolate_pos_encoding": True}
+            return frames, {}
+        return frames, {"interpolate_pos_encoding": True}
 
     def compress(self, features: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The tokens of frames and their Δ.
