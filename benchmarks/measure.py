@@ -1,5 +1,6 @@
 """How the benchmarks measure: contestants run after run in one process, medians, ratios, peak memory, and a report."""
 
+import ctypes
 import json
 import platform
 import statistics
@@ -32,6 +33,7 @@ def median_seconds(contestants: dict[str, Callable[[], Any]], runs: int = 5) -> 
 def extra_bytes(contestant: Callable[[], Any]) -> int:
     """Peak resident memory during a call above the memory before it, its result included (Linux, CPU)."""
     contestant()  # what libraries set up once does not count
+    ctypes.CDLL(None).malloc_trim(0)  # nor does what the allocator has kept of it
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     result = contestant()

@@ -237,7 +237,7 @@ def _scan_block(
     chunk_decay = (
         (log_decay[:, :, -1] + cut_off[:, :, -1]).exp().unflatten(2, (groups, 1, -1)).unsqueeze(-1)
     )  # b c g 1 h/g 1
-    states = states.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3)  # b g n h/g p
+    states = states.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).contiguous()  # b g n h/g p
     entering = []
     for chunk in range(chunks):
         entering.append(states.flatten(3))
