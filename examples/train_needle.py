@@ -144,7 +144,9 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
         vision_batch_size=64,
         delta_threshold=None,
     )
-    return MambaMiaForConditionalGeneration(config)
+    model = MambaMiaForConditionalGeneration(config)
+    model.generation_config.max_new_tokens = 4  # an answer is one word
+    return model
 
 
 def conversation(medium: dict[str, Any], question: str, answer: str) -> list[dict[str, Any]]:

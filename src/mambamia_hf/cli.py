@@ -143,7 +143,7 @@ def ask(
         prompt,
         attention_mask=prompt.new_ones(prompt.shape),
         mm_encoder_outputs={"video": features},
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=model.generation_config.max_new_tokens or MAX_NEW_TOKENS,
         do_sample=False,
         num_beams=1,
     )
