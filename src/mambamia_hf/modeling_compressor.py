@@ -66,20 +66,33 @@ class MambaMiaMamba2SSM(nn.Module):
         self.norm = nn.Parameter(torch.empty(config.intermediate_size))
 
     def forward(
-        self, inputs: Tensor, context: Tensor | None = None, initial_states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        inputs: Tensor,
+        context: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        states_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """
         Args:
             inputs: `(batch, length, intermediate_size + 2 * n_groups * state_size + heads)`: x, B, C and dt.
             context: `(batch, conv_kernel - 1, ...)`, the inputs before these, zero where absent.
             initial_states: `(batch, heads, head_dim, state_size)`, zero where absent.
+            states_only: whether to leave the output out, at a fraction of the price.
 
         Returns:
             The normed output of the scan `(batch, length, intermediate_size)`, before the gate; the step sizes Δ that
             the scan took `(batch, length, heads)`, in float32; and the states after the last token.
         """
         config = self.config
-        x, B, C, delta, A = self._discretize(inputs, context)
+        xBC, dt = inputs.split(self.input_split, dim=-1)
+        context = None if context is None else context[..., : xBC.shape[-1]]
+        x, B, C = self.conv1d(xBC, context).split(self.x_split, dim=-1)
+        x = x.unflatten(-1, (-1, config.head_dim))
+        B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
+        delta = nn.functional.softplus(_in_full(dt) + _in_full(self.dt_bias)).clamp(*config.time_step_limit)
+        A = -_in_full(self.A_log).exp()
+        if states_only:
+            return None, delta, ssd_final_states(x, delta, A, B, initial_states)
         y, states = ssd_chunk_scan(
             x,
             delta,
@@ -94,21 +107,6 @@ class MambaMiaMamba2SSM(nn.Module):
         y = y.flatten(2).unflatten(-1, (config.n_groups, -1))
         y = nn.functional.rms_norm(y, y.shape[-1:], eps=config.rms_norm_eps)
         return y.flatten(2) * self.norm, delta, states
-
-    def final_states(self, inputs: Tensor, context: Tensor | None, initial_states: Tensor | None) -> Tensor:
-        """The states after the last token alone; arguments as in `forward`."""
-        x, B, _, delta, A = self._discretize(inputs, context)
-        return ssd_final_states(x, delta, A, B, initial_states)
-
-    def _discretize(self, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        config = self.config
-        xBC, dt = inputs.split(self.input_split, dim=-1)
-        context = None if context is None else context[..., : xBC.shape[-1]]
-        xBC = self.conv1d(xBC, context)
-        x, B, C = xBC.split(self.x_split, dim=-1)
-        B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
-        delta = nn.functional.softplus(_in_full(dt) + _in_full(self.dt_bias)).clamp(*config.time_step_limit)
-        return x.unflatten(-1, (-1, config.head_dim)), B, C, delta, -_in_full(self.A_log).exp()
 
 
 @use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])
@@ -201,8 +199,14 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         self.gpa = None if config.gpa_placement is None else MambaMiaGatedPatchAggregation(config)
         self.gpa_placement = config.gpa_placement
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(batch, rows * (K + 1), hidden_size)` to the same shape."""
+    def forward(self, hidden_states: Tensor, segment_length: int | None = None) -> Tensor:
+        """`(batch, rows * (K + 1), hidden_size)` to the same shape.
+
+        With a `segment_length`, longer sequences are overwritten segment by segment, in memory that does not grow with
+        the length; exact, but without a gradient.
+        """
+        if segment_length is not None and hidden_states.shape[1] > segment_length:
+            return self._forward_in_segments(hidden_states, segment_length)
         return self._mixed(hidden_states, self.mixer(self._mixer_input(hidden_states))[0])
 
     def _mixer_input(self, hidden_states: Tensor) -> Tensor:
@@ -214,16 +218,9 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         return self.gpa(hidden_states) if self.gpa_placement == "post_mixer" else hidden_states
 
     @torch.no_grad()
-    def forward_(self, hidden_states: Tensor, segment_length: int):
-        """`forward` in place and exactly, segment by segment, in memory that does not grow with the length.
-
-        First the backward scan's states at the boundaries are found from right to left, then one sweep from left to
-        right finishes both directions.
-
-        Args:
-            hidden_states: `(batch, rows * (K + 1), hidden_size)`.
-            segment_length: a whole number of rows, K + 1 tokens each, and no shorter than the convolution.
-        """
+    def _forward_in_segments(self, hidden_states: Tensor, segment_length: int) -> Tensor:
+        """First the backward scan's states at the boundaries are found from right to left, then one sweep from left to
+        right finishes both directions. A segment is a whole number of rows, and no shorter than the convolution."""
         mixer, length = self.mixer, hidden_states.shape[1]
         taps, row = mixer.conv_kernel - 1, mixer.patches_per_anchor + 1
         look_ahead = math.ceil(taps / row) * row  # GPA needs whole rows, the convolution `taps` tokens
@@ -238,9 +235,8 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
             start, end = segments[index]
             _, inputs = project(start, end)
             following, inputs = inputs[:, end - start :].flip(1), inputs[:, : end - start].flip(1)
-            entering[index - 1] = mixer.backward_ssm.final_states(
-                inputs, following if following.shape[1] else None, entering[index]
-            )
+            following = following if following.shape[1] else None
+            _, _, entering[index - 1] = mixer.backward_ssm(inputs, following, entering[index], states_only=True)
         previous = states = None
         for (start, end), backward_states in zip(segments, entering, strict=True):
             z, inputs = project(start, end)
@@ -252,6 +248,7 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
             previous = inputs[:, -taps:].clone()
             segment = hidden_states[:, start:end]
             segment.copy_(self._mixed(segment, mixer.gate_and_project(y, z)))
+        return hidden_states
 
 
 class MambaMiaTemporalBlock(GradientCheckpointingLayer):
@@ -359,13 +356,12 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it one frame at least.")
         hidden_states = self.input_norm(self.insert_anchors(self.input_proj(features)))
-        segment_length = _SEGMENT_TOKENS // (self.config.patches_per_anchor + 1) * (self.config.patches_per_anchor + 1)
-        in_segments = not torch.is_grad_enabled() and self.config.mixer_type == "mamba2" and segment_length > 0
+        segment_length = None
+        if not torch.is_grad_enabled() and self.config.mixer_type == "mamba2":
+            row_length = self.config.patches_per_anchor + 1
+            segment_length = max(_SEGMENT_TOKENS // row_length, self.config.conv_kernel) * row_length
         for layer in self.layers:
-            if in_segments and hidden_states.shape[1] > segment_length:
-                layer.forward_(hidden_states, segment_length)
-            else:
-                hidden_states = layer(hidden_states)
+            hidden_states = layer(hidden_states, segment_length)
         anchors = hidden_states.unflatten(1, (num_frames, -1, self.config.patches_per_anchor + 1))[:, :, :, -1]
         deltas = None
         for layer in self.temporal_layers:
