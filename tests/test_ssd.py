@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 from golden import load_golden
@@ -156,3 +158,20 @@ def test_convolution_goes_on_after_a_context():
     x, weight, bias = torch.randn(2, 20, 5), torch.randn(5, 4), torch.randn(5)
     whole = causal_conv1d_silu(x, weight, bias)
     torch.testing.assert_close(causal_conv1d_silu(x[:, 8:], weight, bias, context=x[:, 5:8]), whole[:, 8:])
+
+
+@pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="with mamba-ssm these are kernels, which need a GPU")
+def test_without_kernels_a_gpu_takes_the_same_path():
+    inputs = scan_inputs()
+    arguments = {**inputs, "chunk_size": 16, "dt_softplus": True, "dt_limit": (0.1, 2.0), "return_final_states": True}
+    y, state = ssd._kernel_chunk_scan(**arguments)
+    expected_y, expected_state = recurrence(**inputs, dt_softplus=True, dt_limit=(0.1, 2.0))
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.skipif(find_spec("causal_conv1d") is not None, reason="with causal-conv1d this is a kernel for a GPU")
+def test_without_kernels_a_gpu_takes_the_same_convolution():
+    x, weight, bias = torch.randn(2, 20, 5), torch.randn(5, 4), torch.randn(5)
+    y = ssd._kernel_causal_conv1d(x.mT, weight, bias, activation="silu").mT
+    torch.testing.assert_close(y, causal_conv1d_silu(x, weight, bias))

@@ -44,12 +44,6 @@ def selective_scan(
     return _torch_selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D).mT
 
 
-# On a GPU: the Hub's kernels if the model was loaded with `use_kernels=True`, else installed packages, else PyTorch.
-@use_kernel_func_from_hub_with_fallback("selective_scan_fn", "mamba_ssm")
-def _kernel_selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    return _torch_selective_scan(u, delta, A, B, C, D)
-
-
 def _torch_selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     dtype = torch.promote_types(u.dtype, torch.float32)
     tokenwise = [tensor.mT.to(dtype) for tensor in (u, delta, B, C)]
@@ -62,6 +56,12 @@ def _torch_selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Ten
         y.append(block_y)
     y = torch.cat(y, dim=1) + tokenwise[0] * D.to(dtype)
     return y.to(u.dtype).mT
+
+
+# On a GPU: the Hub's kernels if the model was loaded with `use_kernels=True`, else installed packages, else PyTorch.
+_kernel_selective_scan = use_kernel_func_from_hub_with_fallback("selective_scan_fn", "mamba_ssm")(
+    _torch_selective_scan
+)
 
 
 def _scan_block(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -172,14 +172,12 @@ def _torch_chunk_scan(
 
 
 # On a GPU: the Hub's kernels if the model was loaded with `use_kernels=True`, else installed packages, else PyTorch.
-@use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_combined", "mamba_ssm")
-def _kernel_chunk_scan(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-    return _torch_chunk_scan(*args, **kwargs)
-
-
-@use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "causal_conv1d")
-def _kernel_causal_conv1d(*args, **kwargs) -> Tensor:
-    return _torch_causal_conv1d(*args, **kwargs)
+_kernel_chunk_scan = use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_combined", "mamba_ssm")(
+    _torch_chunk_scan
+)
+_kernel_causal_conv1d = use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "causal_conv1d")(
+    _torch_causal_conv1d
+)
 
 
 def _scan_block(
