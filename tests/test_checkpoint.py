@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny_model import ask
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
@@ -16,20 +17,6 @@ def model_and_processor():
         AutoModelForImageTextToText.from_pretrained(BUNDLED_CHECKPOINT),
         AutoProcessor.from_pretrained(BUNDLED_CHECKPOINT),
     )
-
-
-def ask(model, processor, path: Path, question: str, **processor_kwargs) -> str:
-    content = [{"type": "video", "path": str(path)}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    )
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 
 def test_is_small_and_complete(model_and_processor):
@@ -45,7 +32,7 @@ def test_answers_about_fresh_videos(model_and_processor, tmp_path):
     for seed in range(900_000, 900_012):  # training draws from 1,000,000 on
         video = write_needle_video(tmp_path / "video.mp4", seed)
         question, answer = questions(video)[0]
-        right.append(ask(*model_and_processor, video.path, question) == answer)
+        right.append(ask(*model_and_processor, video.path, question, max_new_tokens=8) == answer)
     assert sum(right) >= 10, f"{sum(right)} of {len(right)} answers are right; by chance it would be one or two"
 
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
-from test_hub import tiny_checkpoint
-from tiny_model import NUM_ANCHORS, tiny_config
+from tiny_model import NUM_ANCHORS, ask, tiny_checkpoint, tiny_config
 from transformers import Qwen2Config
 from transformers.utils import logging
 from video_files import write_cut_video, write_sound, write_video
@@ -78,17 +77,7 @@ def check_error(result, *fragments):
 
 def python_answer(model, processor, video, processor_kwargs, generate_kwargs):
     """What the model answers when it is called from Python."""
-    content = [{"type": "video", "path": str(video)}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    )
-    output = model.generate(**inputs, max_new_tokens=256, do_sample=False, **generate_kwargs)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    return ask(model, processor, video, QUESTION, processor_kwargs, max_new_tokens=256, **generate_kwargs).strip()
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_tokenizer
-from tiny_model import IMAGE_SIZE, NUM_ANCHORS, tiny_model
-from transformers import AutoModel, AutoProcessor, AutoVideoProcessor, SiglipImageProcessor
+from tiny_model import tiny_checkpoint
+from transformers import AutoModel, AutoProcessor, AutoVideoProcessor
 
 from mambamia_hf import (
     MambaMiaCompressor,
@@ -68,30 +67,6 @@ def run_stranger(code: str, tmp_path: Path, *arguments: Path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     return torch.load(arguments[-1])
-
-
-def tiny_processor() -> MambaMiaProcessor:
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return MambaMiaProcessor(
-        image_processor=SiglipImageProcessor(size=size),
-        tokenizer=tiny_tokenizer(),
-        video_processor=MambaMiaVideoProcessor(size=size),
-        num_frame_tokens=NUM_ANCHORS,
-    )
-
-
-def tiny_checkpoint(folder: Path) -> MambaMiaProcessor:
-    """Writes a model and a processor that fit each other, as one writes any."""
-    processor = tiny_processor()
-    model = tiny_model(
-        text_config={"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        delta_min_frames=2,
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model, processor
 
 
 def test_checkpoint_carries_its_code(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 from PIL import Image
-from test_hub import tiny_checkpoint
+from tiny_model import tiny_checkpoint
 from transformers import pipeline
 
 from mambamia_hf.needle import write_needle_video

@@ -1,8 +1,17 @@
 """A model of about 75K parameters whose outputs differ clearly from frame to frame."""
 
-import torch
+from pathlib import Path
 
-from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration
+import torch
+from tiny import tiny_tokenizer
+from transformers import SiglipImageProcessor
+
+from mambamia_hf import (
+    MambaMiaConfig,
+    MambaMiaForConditionalGeneration,
+    MambaMiaProcessor,
+    MambaMiaVideoProcessor,
+)
 
 
 IMAGE_TOKEN, VIDEO_TOKEN, VOCAB_SIZE = 3, 4, 99
@@ -78,3 +87,42 @@ def prompt(*parts: int | list[int]) -> torch.Tensor:
         else:
             ids += part if isinstance(part, list) else part * NUM_ANCHORS * [VIDEO_TOKEN]
     return torch.tensor([ids])
+
+
+def tiny_processor() -> MambaMiaProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return MambaMiaProcessor(
+        image_processor=SiglipImageProcessor(size=size),
+        tokenizer=tiny_tokenizer(),
+        video_processor=MambaMiaVideoProcessor(size=size),
+        num_frame_tokens=NUM_ANCHORS,
+    )
+
+
+def tiny_checkpoint(folder: Path) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    """Writes a model and a processor that fit each other, as one writes any, and returns both."""
+    processor = tiny_processor()
+    model = tiny_model(
+        text_config={"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        delta_min_frames=2,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def ask(model, processor, video: Path, question: str, processor_kwargs: dict | None = None, **generate_kwargs) -> str:
+    """What a model answers about a video file, asked as from Python."""
+    content = [{"type": "video", "path": str(video)}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs or {},
+    )
+    output = model.generate(**inputs, do_sample=False, **generate_kwargs)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
