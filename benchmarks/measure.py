@@ -5,12 +5,13 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,17 +34,22 @@ def median_seconds(contestants: dict[str, Callable[[], Any]], runs: int = 5) -> 
 def extra_bytes(contestant: Callable[[], Any]) -> int:
     """Peak resident memory during a call above the memory before it, its result included (Linux, CPU)."""
     contestant()  # what libraries set up once does not count
-    ctypes.CDLL(None).malloc_trim(0)  # nor does what the allocator has kept of it
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before = restart_peak()
     result = contestant()
     peak = _status("VmHWM")
     del result
     return peak - before
 
 
+def restart_peak() -> int:
+    """Lets `peak_rss` count from here on; the memory in bytes that the process holds (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator has kept does not count
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
 def peak_rss() -> int:
-    """The most memory in bytes that this process has held so far (Linux)."""
+    """The most memory in bytes that this process has held so far, or since `restart_peak` (Linux)."""
     return _status("VmHWM")
 
 
@@ -84,6 +90,42 @@ def report(name: str, rows: list[dict[str, Any]]):
     RESULTS.mkdir(exist_ok=True)
     results = {"machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def plot(
+    name: str,
+    x_label: str,
+    y_label: str,
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    log: bool = False,
+):
+    """Draws each series, a pair of x and y values, as a line with its points, to `results/<name>.png`."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, (x, y) in series.items():
+        axes.plot(x, y, marker="o", label=label)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if log:
+        axes.set(xscale="log", yscale="log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+
+
+def bars(name: str, label: str, values: dict[str, float]):
+    """Draws each value as a bar beside its name, to `results/<name>.png`."""
+    figure = Figure(figsize=(8, 1 + 0.4 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    axes.bar_label(axes.barh(list(values), list(values.values())), fmt="{:.3g}", padding=3)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()  # the first on top
+    axes.set(xlabel=label)
+    axes.grid(alpha=0.3, axis="x")
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,7 @@ python benchmarks/scan.py
 """
 
 import torch
-from measure import extra_bytes, median_seconds, report
+from measure import extra_bytes, median_seconds, plot, report
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from mambamia_hf.ssd import ssd_chunk_scan
@@ -90,6 +90,12 @@ def main():
             }
         )
     report("scan", rows)
+    series = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        x, y = series.setdefault(f"{row['who']}, {row['scan']}", ([], []))
+        x.append(row["tokens"])
+        y.append(row["us a token"])
+    plot("scan", "tokens", "µs a token", series, log=True)
 
 
 if __name__ == "__main__":

@@ -302,3 +302,89 @@ def test_segments_change_nothing(variant, segment_length, monkeypatch):
     assert not calls, "the whole sequence went through a mixer at once"
     torch.testing.assert_close(in_segments.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(in_segments.frame_deltas, whole.frame_deltas, atol=1e-5, rtol=1e-5)
+
+
+PLACEMENTS = ["post_mixer", "pre_mixer", None]
+
+
+def stage_one(compressor: MambaMiaCompressor, features: torch.Tensor) -> torch.Tensor:
+    """The anchors after stage 1 the plain way: every token through every block, then the anchors are read."""
+    hidden_states = compressor.embed(features)
+    for layer in compressor.layers:
+        hidden_states = layer(hidden_states)
+    row_length = compressor.config.patches_per_anchor + 1
+    return hidden_states[:, row_length - 1 :: row_length]
+
+
+def stage_one_reading_anchors(compressor: MambaMiaCompressor, features: torch.Tensor) -> torch.Tensor:
+    hidden_states = compressor.embed(features)
+    for index, layer in enumerate(compressor.layers):
+        hidden_states = layer(hidden_states, anchors_only=index == len(compressor.layers) - 1)
+    return hidden_states
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("variant", [{}, {"bidirectional": False}, {"mixer_type": "mamba1"}, {"n_groups": 2}], ids=str)
+@pytest.mark.parametrize("frames", [1, 5])
+def test_reading_only_anchors_changes_nothing(placement, variant, frames):
+    compressor = tiny_compressor(gpa_placement=placement, initializer_range=0.3, **variant).double()
+    for layer in compressor.layers if placement is not None else ():
+        layer.gpa.weight_proj.weight.data.normal_()  # far from uniform weights
+        layer.gpa.gate_proj.weight.data.normal_()
+    features = torch.randn(2, frames, 9, 12, dtype=torch.float64, requires_grad=True)
+    results = []
+    for path in (stage_one, stage_one_reading_anchors):
+        anchors = path(compressor, features)
+        parameters = [parameter for parameter in compressor.layers.parameters()]
+        results.append((anchors, torch.autograd.grad(anchors.square().sum(), [features, *parameters])))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("segment_tokens", "tile_tokens"), [(8, 4), (40, 12), (40, 100), (1000, 12)])
+def test_segments_and_tiles_equal_the_plain_path(placement, segment_tokens, tile_tokens, monkeypatch):
+    compressor = tiny_compressor(gpa_placement=placement, initializer_range=0.3).double()
+    features = torch.randn(2, 7, 9, 12, dtype=torch.float64)
+    expected = stage_one(compressor, features)
+    monkeypatch.setattr(modeling_compressor, "_SEGMENT_TOKENS", segment_tokens)
+    monkeypatch.setitem(modeling_compressor._TILE_TOKENS, "cpu", tile_tokens)
+    with torch.no_grad():
+        anchors = compressor(features).last_hidden_state
+        for layer in compressor.temporal_layers:
+            expected, _ = layer(expected.unflatten(1, (7, -1)))
+        torch.testing.assert_close(anchors, compressor.output_proj(compressor.norm(expected)))
+
+
+def test_segments_leave_the_features_as_they_are():
+    compressor = tiny_compressor(input_size=16)
+    features = torch.randn(1, 4, 9, 16)
+    before = features.clone()
+    with torch.no_grad():
+        compressor(features)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_layer_in_place_of_the_input_projection_is_called(placement):
+    """As an adapter or a quantized layer is, which know nothing of a part of the outputs."""
+    compressor = tiny_compressor(gpa_placement=placement)
+    features = torch.randn(1, 4, 9, 12)
+    expected = compressor(features).last_hidden_state
+    for layer in compressor.layers:
+        linear = nn.Linear(*reversed(layer.mixer.in_proj.weight.shape), bias=False)
+        linear.weight = layer.mixer.in_proj.weight
+        layer.mixer.in_proj = linear
+    torch.testing.assert_close(compressor(features).last_hidden_state, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compressor(features).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_half_precision_in_segments(placement):
+    compressor = tiny_compressor(gpa_placement=placement)
+    features = torch.randn(1, 6, 9, 12)
+    expected = compressor(features).last_hidden_state
+    with torch.no_grad():
+        half = compressor.bfloat16()(features.bfloat16()).last_hidden_state
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).norm() / expected.norm() < 0.05

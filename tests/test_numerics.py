@@ -95,5 +95,7 @@ def test_result_does_not_depend_on_how_it_is_computed(monkeypatch):
     for chunk_size in (1, 7, 64):
         monkeypatch.setitem(ssd._MAX_CHUNK_SIZE, "cpu", chunk_size)
         check()
-    monkeypatch.setitem(ssd._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(ssd._MAX_HEADS, "cpu", 1)
+    check()
+    monkeypatch.setattr(ssd, "_BLOCK_CHUNKS", 1)
     check()

@@ -63,9 +63,10 @@ def test_golden_scan(name):
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 37, 64])
-@pytest.mark.parametrize("block_elements", [1, 2**19])
-def test_equals_recurrence(length, block_elements, monkeypatch):
-    monkeypatch.setitem(ssd._BLOCK_ELEMENTS, "cpu", block_elements)
+@pytest.mark.parametrize(("heads_at_once", "block_chunks"), [(1, 1), (3, 2), (16, 16)])
+def test_equals_recurrence(length, heads_at_once, block_chunks, monkeypatch):
+    monkeypatch.setitem(ssd._MAX_HEADS, "cpu", heads_at_once)
+    monkeypatch.setattr(ssd, "_BLOCK_CHUNKS", block_chunks)
     inputs = scan_inputs(length=length)
     y, state = ssd_chunk_scan(**inputs, chunk_size=8, dt_softplus=True, return_final_states=True)
     expected_y, expected_state = recurrence(**inputs, dt_softplus=True)
@@ -93,10 +94,12 @@ def test_skip_of_every_channel():
     )
 
 
-@pytest.mark.parametrize("block_elements", [1, 2**19])
-def test_gradcheck(block_elements, monkeypatch):
-    monkeypatch.setitem(ssd._BLOCK_ELEMENTS, "cpu", block_elements)
-    inputs = scan_inputs(batch=1, length=7, heads=2, head_dim=2, groups=1, state=3, grad=True)
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 2, 1), (2, 2, 2), (2, 2, 1)])
+@pytest.mark.parametrize(("heads_at_once", "block_chunks"), [(1, 1), (16, 16)])
+def test_gradcheck(batch, heads, groups, heads_at_once, block_chunks, monkeypatch):
+    monkeypatch.setitem(ssd._MAX_HEADS, "cpu", heads_at_once)
+    monkeypatch.setattr(ssd, "_BLOCK_CHUNKS", block_chunks)
+    inputs = scan_inputs(batch=batch, length=7, heads=heads, head_dim=2, groups=groups, state=3, grad=True)
 
     def scan(*tensors):
         return ssd_chunk_scan(
@@ -114,6 +117,37 @@ def test_gradient_equals_recurrence():
         torch.testing.assert_close(tensor.grad, theirs[name].grad, msg=lambda message, name=name: f"{name}: {message}")
 
 
+@pytest.mark.parametrize("shift", [-8.0, -4.0, 4.0])
+def test_float32_gradients_against_float64(shift):
+    """Also where nearly nothing passes a token, so that large sums could cancel in the gradient of Δ."""
+    inputs = scan_inputs(length=300, dtype=torch.float32)
+    inputs["dt_bias"] = inputs["dt_bias"] + shift
+    single, double = (
+        {name: t.detach().to(d).requires_grad_() for name, t in inputs.items()} for d in (torch.float, torch.double)
+    )
+    for tensors in (single, double):
+        y = ssd_chunk_scan(**tensors, chunk_size=64, dt_softplus=True)
+        (y * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+    for name, tensor in double.items():
+        error = (single[name].grad - tensor.grad).norm() / tensor.grad.norm()
+        assert error < 3e-5, f"{name} is off by {error:.1e}"
+
+
+def test_step_of_size_zero_changes_nothing_and_has_a_gradient():
+    ours, theirs = scan_inputs(grad=True), scan_inputs(grad=True)
+    mask = torch.arange(37)[None, :, None] % 3 > 0
+    outputs = []
+    for inputs, scan in ((ours, lambda **kwargs: ssd_chunk_scan(**kwargs, chunk_size=8)), (theirs, recurrence)):
+        bare = {name: tensor for name, tensor in inputs.items() if name not in ("dt", "dt_bias")}
+        y = scan(**bare, dt=inputs["dt"].abs() * mask)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        outputs.append(y)
+        y.square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    for name in ("x", "dt", "A", "B", "C", "D"):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
 def test_half_precision_keeps_float32_inside():
     inputs = scan_inputs(dtype=torch.float32)
     half = {name: tensor.bfloat16() for name, tensor in inputs.items()}
@@ -128,6 +162,11 @@ def test_decay_that_underflows_is_finite():
     y = ssd_chunk_scan(**{**inputs, "dt": inputs["dt"] + 1e4}, chunk_size=16, dt_softplus=True)
     y.sum().backward()
     assert torch.isfinite(y).all() and all(torch.isfinite(tensor.grad).all() for tensor in inputs.values())
+
+
+def test_negative_step_sizes_are_refused():
+    with pytest.raises(ValueError, match="dt_limit"):
+        ssd_chunk_scan(**scan_inputs(), chunk_size=8, dt_limit=(-1.0, 1.0))
 
 
 def test_wrong_shapes_are_named():

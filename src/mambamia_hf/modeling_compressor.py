@@ -1,7 +1,9 @@
 """The compressor: many patch features a frame in, a few anchors a frame and the importance of each frame out."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,10 @@ from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
 
 
-# Longer sequences run through stage 1 in segments of so many tokens, where no gradient is asked for.
+# Where no gradient is asked for, stage 1 runs in segments of so many tokens: enough for matrix products at full speed.
 _SEGMENT_TOKENS = 4800
+# What lies between the products runs in tiles of so many tokens, which stay in a CPU's cache; a GPU has no need of it.
+_TILE_TOKENS = {"cpu": 300}
 
 
 @dataclass
@@ -71,6 +75,7 @@ class MambaMiaMamba2SSM(nn.Module):
         context: Tensor | None = None,
         initial_states: Tensor | None = None,
         states_only: bool = False,
+        outputs: slice = slice(None),
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """
         Args:
@@ -78,9 +83,10 @@ class MambaMiaMamba2SSM(nn.Module):
             context: `(batch, conv_kernel - 1, ...)`, the inputs before these, zero where absent.
             initial_states: `(batch, heads, head_dim, state_size)`, zero where absent.
             states_only: whether to leave the output out, at a fraction of the price.
+            outputs: the tokens whose output is asked for.
 
         Returns:
-            The normed output of the scan `(batch, length, intermediate_size)`, before the gate; the step sizes Δ that
+            The normed output of the scan `(batch, outputs, intermediate_size)`, before the gate; the step sizes Δ that
             the scan took `(batch, length, heads)`, in float32; and the states after the last token.
         """
         config = self.config
@@ -104,7 +110,7 @@ class MambaMiaMamba2SSM(nn.Module):
             initial_states=initial_states,
             return_final_states=True,
         )
-        y = y.flatten(2).unflatten(-1, (config.n_groups, -1))
+        y = y[:, outputs].flatten(2).unflatten(-1, (config.n_groups, -1))
         y = nn.functional.rms_norm(y, y.shape[-1:], eps=config.rms_norm_eps)
         return y.flatten(2) * self.norm, delta, states
 
@@ -126,13 +132,21 @@ class MambaMiaMamba1SSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(channels, config.state_size))
         self.D = nn.Parameter(torch.empty(channels))
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        """`(batch, length, intermediate_size)` to the output of the scan and its Δ, both of the same shape."""
+    def forward(self, inputs: Tensor, outputs: slice = slice(None)) -> tuple[Tensor, Tensor, None]:
+        """`(batch, length, intermediate_size)` to the output of the scan, for `outputs`, and its Δ, for all tokens."""
         x = self.conv1d(inputs)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
-        return selective_scan(x, delta, -_in_full(self.A_log).exp(), B, C, self.D), delta, None
+        return selective_scan(x, delta, -_in_full(self.A_log).exp(), B, C, self.D)[:, outputs], delta, None
+
+
+class MambaMiaInputProjection(nn.Linear):
+    """A linear layer that can be asked for some of its outputs only."""
+
+    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """`(..., in_features)` to `(..., outputs)`."""
+        return nn.functional.linear(x, self.weight[outputs])
 
 
 class MambaMiaMixer(nn.Module):
@@ -140,28 +154,42 @@ class MambaMiaMixer(nn.Module):
 
     def __init__(self, config: MambaMiaCompressorConfig, bidirectional: bool):
         super().__init__()
-        self.conv_kernel, self.patches_per_anchor = config.conv_kernel, config.patches_per_anchor
         ssm_class = MambaMiaMamba2SSM if config.mixer_type == "mamba2" else MambaMiaMamba1SSM
         self.forward_ssm = ssm_class(config)
         self.backward_ssm = ssm_class(config) if bidirectional else None
         self.in_split = [config.intermediate_size, sum(self.forward_ssm.input_split)]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.in_split), bias=False)
+        self.in_proj = MambaMiaInputProjection(config.hidden_size, sum(self.in_split), bias=False)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """`(batch, length, hidden_size)` to the same shape, and the forward scan's Δ `(batch, length, heads)`."""
         z, inputs = self.project(hidden_states)
-        y, delta, _ = self.forward_ssm(inputs)
-        if self.backward_ssm is not None:
-            y = y + self.backward_ssm(inputs.flip(1))[0].flip(1)
-        return self.gate_and_project(y, z), delta
+        y, delta = self.scan(inputs)
+        return self.out_proj(y * nn.functional.silu(z)), delta
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The gate z and what the scans of both directions take."""
         return self.in_proj(hidden_states).split(self.in_split, dim=-1)
 
-    def gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(y * nn.functional.silu(z))
+    def project_gate(self, hidden_states: Tensor) -> Tensor:
+        """The gate z alone."""
+        return self._project_part(hidden_states, slice(0, self.in_split[0]))
+
+    def project_inputs(self, hidden_states: Tensor) -> Tensor:
+        """What the scans of both directions take, alone."""
+        return self._project_part(hidden_states, slice(self.in_split[0], None))
+
+    def _project_part(self, hidden_states: Tensor, outputs: slice) -> Tensor:
+        if isinstance(self.in_proj, MambaMiaInputProjection):
+            return self.in_proj(hidden_states, outputs)
+        return self.in_proj(hidden_states)[..., outputs]  # an adapter or a quantized layer in its place gives them all
+
+    def scan(self, inputs: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+        """The sum of both directions' normed outputs, for the last of `every` so many tokens, and the forward Δ."""
+        y, delta, _ = self.forward_ssm(inputs, outputs=slice(every - 1, None, every))
+        if self.backward_ssm is not None:
+            y = y + self.backward_ssm(inputs.flip(1), outputs=slice(0, None, every))[0].flip(1)
+        return y, delta
 
 
 class MambaMiaGatedPatchAggregation(nn.Module):
@@ -182,11 +210,23 @@ class MambaMiaGatedPatchAggregation(nn.Module):
         """`(batch, rows * (K + 1), hidden_size)` to the same, with f in place of every anchor q."""
         rows = hidden_states.unflatten(1, (-1, self.weight_proj.out_features + 1))
         patches, anchor = rows[:, :, :-1], rows[:, :, -1:]
+        weights, gate = self.weigh(anchor)
+        anchor = torch.lerp(anchor, weights @ patches, gate)
+        return torch.cat([patches, anchor], dim=2).flatten(1, 2)
+
+    def weigh(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """`(batch, rows, 1, hidden_size)` to α `(batch, rows, 1, K)` and g `(batch, rows, 1, 1)`."""
         query = self.dropout(anchor)
         weights = _in_full(self.weight_proj(query)).softmax(dim=-1).to(query.dtype)
         gate = self.gate_margin + (1 - 2 * self.gate_margin) * self.gate_proj(query).sigmoid()
-        anchor = torch.lerp(anchor, weights @ patches, gate)
-        return torch.cat([patches, anchor], dim=2).flatten(1, 2)
+        return weights, gate
+
+
+class _Boundary(NamedTuple):
+    """What a scan that goes on from a token has to know of those it has passed."""
+
+    context: Tensor | None = None  # the inputs of the convolution's reach, in the order of the scan
+    states: Tensor | None = None
 
 
 class MambaMiaSpatialBlock(GradientCheckpointingLayer):
@@ -194,20 +234,29 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
+        self.taps, self.row_length = config.conv_kernel - 1, config.patches_per_anchor + 1
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = MambaMiaMixer(config, config.bidirectional)
         self.gpa = None if config.gpa_placement is None else MambaMiaGatedPatchAggregation(config)
         self.gpa_placement = config.gpa_placement
 
-    def forward(self, hidden_states: Tensor, segment_length: int | None = None) -> Tensor:
-        """`(batch, rows * (K + 1), hidden_size)` to the same shape.
+    def forward(self, hidden_states: Tensor, segment_length: int | None = None, anchors_only: bool = False) -> Tensor:
+        """`(batch, rows * (K + 1), hidden_size)` to the same shape, or with `anchors_only` to one token a row.
 
-        With a `segment_length`, longer sequences are overwritten segment by segment, in memory that does not grow with
-        the length; exact, but without a gradient.
+        With a `segment_length` the sequence is overwritten segment by segment, in memory that does not grow with the
+        length; exact, but without a gradient.
         """
-        if segment_length is not None and hidden_states.shape[1] > segment_length:
-            return self._forward_in_segments(hidden_states, segment_length)
-        return self._mixed(hidden_states, self.mixer(self._mixer_input(hidden_states))[0])
+        if segment_length is not None:
+            return self._forward_in_segments(hidden_states, segment_length, anchors_only)
+        mixer_input = self._mixer_input(hidden_states)
+        if not anchors_only:
+            return self._mixed(hidden_states, self.mixer(mixer_input)[0])
+        if self.gpa_placement == "post_mixer":
+            z, inputs = self.mixer.project(mixer_input)
+            return self._read_out(hidden_states, self.mixer.scan(inputs)[0] * nn.functional.silu(z))
+        y, _ = self.mixer.scan(self.mixer.project_inputs(mixer_input), every=self.row_length)
+        z = self.mixer.project_gate(self._anchors(mixer_input))
+        return self._read_out(hidden_states, y * nn.functional.silu(z))
 
     def _mixer_input(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self.norm(hidden_states)
@@ -217,38 +266,76 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states + mixer_output
         return self.gpa(hidden_states) if self.gpa_placement == "post_mixer" else hidden_states
 
+    def _anchors(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[:, self.row_length - 1 :: self.row_length]
+
+    def _read_out(self, hidden_states: Tensor, gated: Tensor) -> Tensor:
+        """The anchors of what `_mixed` gives, from the gated outputs u of the scans, before `out_proj`.
+
+        `out_proj` is linear: Σ α_i (h_i + out_proj(u_i)) = Σ α_i h_i + out_proj(Σ α_i u_i). So GPA after the mixer
+        needs the u of every patch, as the gate is not linear, but projects none. Otherwise u is of anchors alone.
+        """
+        if self.gpa_placement != "post_mixer":
+            return self._anchors(hidden_states) + self.mixer.out_proj(gated)
+        hidden_rows, gated_rows = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, gated))
+        anchor = hidden_rows[:, :, -1:] + self.mixer.out_proj(gated_rows[:, :, -1:])
+        weights, gate = self.gpa.weigh(anchor)
+        pooled = weights @ hidden_rows[:, :, :-1] + self.mixer.out_proj(weights @ gated_rows[:, :, :-1])
+        return torch.lerp(anchor, pooled, gate).squeeze(2)
+
     @torch.no_grad()
-    def _forward_in_segments(self, hidden_states: Tensor, segment_length: int) -> Tensor:
+    def _forward_in_segments(self, hidden_states: Tensor, segment_length: int, anchors_only: bool) -> Tensor:
         """First the backward scan's states at the boundaries are found from right to left, then one sweep from left to
-        right finishes both directions. A segment is a whole number of rows, and no shorter than the convolution."""
+        right finishes both directions. A segment is a whole number of rows."""
         mixer, length = self.mixer, hidden_states.shape[1]
-        taps, row = mixer.conv_kernel - 1, mixer.patches_per_anchor + 1
-        look_ahead = math.ceil(taps / row) * row  # GPA needs whole rows, the convolution `taps` tokens
-        segments = [(start, min(start + segment_length, length)) for start in range(0, length, segment_length)]
-
-        def project(start: int, end: int) -> tuple[Tensor, Tensor]:
-            z, inputs = mixer.project(self._mixer_input(hidden_states[:, start : min(end + look_ahead, length)]))
-            return z[:, : end - start], inputs[:, : end - start + taps]
-
-        entering = [None] * len(segments)
+        segments = [hidden_states[:, start : start + segment_length] for start in range(0, length, segment_length)]
+        entering = [_Boundary()] * len(segments)
         for index in range(len(segments) - 1, 0, -1) if mixer.backward_ssm is not None else ():
-            start, end = segments[index]
-            _, inputs = project(start, end)
-            following, inputs = inputs[:, end - start :].flip(1), inputs[:, : end - start].flip(1)
-            following = following if following.shape[1] else None
-            _, _, entering[index - 1] = mixer.backward_ssm(inputs, following, entering[index], states_only=True)
-        previous = states = None
-        for (start, end), backward_states in zip(segments, entering, strict=True):
-            z, inputs = project(start, end)
-            following, inputs = inputs[:, end - start :].flip(1), inputs[:, : end - start]
-            y, _, states = mixer.forward_ssm(inputs, previous, states)
+            inputs = mixer.project_inputs(self._mixer_input(segments[index]))
+            for _, _, leaving in self._tiles(inputs, entering[index], reverse=True, states_only=True):
+                entering[index - 1] = leaving
+
+        reads_anchors = anchors_only and self.gpa_placement != "post_mixer"
+        every = self.row_length if reads_anchors else 1
+        passed, anchors = _Boundary(), []
+        for segment, ahead in zip(segments, entering, strict=True):
+            mixer_input = self._mixer_input(segment)
+            if reads_anchors:
+                z, inputs = mixer.project_gate(self._anchors(mixer_input)), mixer.project_inputs(mixer_input)
+            else:
+                z, inputs = mixer.project(mixer_input)
+            gated = z.new_zeros(z.shape)
             if mixer.backward_ssm is not None:
-                following = following if following.shape[1] else None
-                y += mixer.backward_ssm(inputs.flip(1), following, backward_states)[0].flip(1)
-            previous = inputs[:, -taps:].clone()
-            segment = hidden_states[:, start:end]
-            segment.copy_(self._mixed(segment, mixer.gate_and_project(y, z)))
-        return hidden_states
+                for tokens, y, _ in self._tiles(inputs, ahead, reverse=True, every=every):
+                    gated[:, tokens] = y
+            for tokens, y, leaving in self._tiles(inputs, passed, every=every):
+                gated[:, tokens] = y.add_(gated[:, tokens]).mul_(nn.functional.silu(z[:, tokens]))
+                passed = leaving
+            if anchors_only:
+                anchors.append(self._read_out(segment, gated))
+            else:
+                segment.copy_(self._mixed(segment, mixer.out_proj(gated)))
+        return torch.cat(anchors, dim=1) if anchors_only else hidden_states
+
+    def _tiles(
+        self, inputs: Tensor, boundary: _Boundary, reverse: bool = False, every: int = 1, states_only: bool = False
+    ) -> Iterator[tuple[slice, Tensor | None, _Boundary]]:
+        """One direction over a segment, tile by tile. For each tile: the place of its outputs among those of the last
+        token of `every` so many, the outputs, and what a scan that goes on from here has to know."""
+        ssm = self.mixer.backward_ssm if reverse else self.mixer.forward_ssm
+        length = inputs.shape[1]
+        rows = max(1, _TILE_TOKENS.get(inputs.device.type, length) // self.row_length)
+        starts = range(0, length, rows * self.row_length)
+        outputs = slice(0 if reverse else every - 1, None, every)
+        for start in reversed(starts) if reverse else starts:
+            end = min(start + starts.step, length)
+            tile = inputs[:, start:end].flip(1) if reverse else inputs[:, start:end]
+            y, _, states = ssm(tile, *boundary, states_only=states_only, outputs=outputs)
+            context = tile[:, max(0, end - start - self.taps) :]
+            if boundary.context is not None:
+                context = torch.cat([boundary.context, context], dim=1)
+            boundary = _Boundary(context[:, max(0, context.shape[1] - self.taps) :].clone(), states)
+            yield slice(start // every, end // every), y.flip(1) if reverse and y is not None else y, boundary
 
 
 class MambaMiaTemporalBlock(GradientCheckpointingLayer):
@@ -355,18 +442,35 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         batch_size, num_frames = features.shape[:2]
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it one frame at least.")
-        hidden_states = self.input_norm(self.insert_anchors(self.input_proj(features)))
-        segment_length = None
-        if not torch.is_grad_enabled() and self.config.mixer_type == "mamba2":
+        if torch.is_grad_enabled() or self.config.mixer_type != "mamba2":
+            hidden_states, segment_length = self.embed(features), None
+        else:
             row_length = self.config.patches_per_anchor + 1
-            segment_length = max(_SEGMENT_TOKENS // row_length, self.config.conv_kernel) * row_length
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, segment_length)
-        anchors = hidden_states.unflatten(1, (num_frames, -1, self.config.patches_per_anchor + 1))[:, :, :, -1]
+            segment_length = max(1, _SEGMENT_TOKENS // row_length) * row_length
+            hidden_states = self._embed_in_segments(features.flatten(1, 2), segment_length // row_length)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, segment_length, anchors_only=index == len(self.layers) - 1)
+        anchors = hidden_states.unflatten(1, (num_frames, -1))
         deltas = None
         for layer in self.temporal_layers:
             anchors, deltas = layer(anchors)
         return self.output_proj(self.norm(anchors)), deltas
+
+    def embed(self, features: Tensor) -> Tensor:
+        """`(batch, frames, patches, input_size)` to the sequence of stage 1, `(batch, length, hidden_size)`."""
+        return self.input_norm(self.insert_anchors(self.input_proj(features)))
+
+    def _embed_in_segments(self, patches: Tensor, rows: int) -> Tensor:
+        """The same from `(batch, patches, input_size)`, so many rows at a time, so that no other tensor is as long."""
+        patches_per_anchor = self.config.patches_per_anchor
+        length, hidden_states = patches.shape[1] // patches_per_anchor * (patches_per_anchor + 1), None
+        for index, segment in enumerate(patches.split(rows * patches_per_anchor, dim=1)):
+            embedded = self.embed(segment.unsqueeze(1))
+            if hidden_states is None:
+                hidden_states = embedded.new_empty(len(patches), length, embedded.shape[-1])
+            start = index * rows * (patches_per_anchor + 1)
+            hidden_states[:, start : start + embedded.shape[1]] = embedded
+        return hidden_states
 
     def insert_anchors(self, patches: Tensor) -> Tensor:
         """`(batch, frames, patches, hidden_size)` to one sequence: frame, row, the row's patches, then its anchor."""

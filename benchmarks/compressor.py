@@ -1,0 +1,185 @@
+"""The compressor: a block beside its bare products, reading only anchors, growth with frames, and the full size.
+
+python benchmarks/compressor.py --parts block layers growth full
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+from measure import extra_bytes, median_seconds, peak_rss, plot, report
+
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig
+from mambamia_hf.modeling_compressor import MambaMiaSpatialBlock
+
+
+FULL_SIZE = {"input_size": 1152, "hidden_size": 3072, "output_size": 3584}
+SMALL = {"input_size": 64, "hidden_size": 64, "output_size": 64, "head_dim": 32, "state_size": 16}
+SEGMENT_LENGTH, CHUNK, HEADS_AT_ONCE = 4800, 64, 16  # as the compressor and the scan choose them on a CPU
+
+
+def spatial_block(config: MambaMiaCompressorConfig) -> MambaMiaSpatialBlock:
+    return MambaMiaCompressor(config).eval().layers[0]
+
+
+def projections(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
+    """in_proj and out_proj alone."""
+    width = 2 * config.intermediate_size + 2 * config.n_groups * config.state_size + config.num_heads
+    into, out = torch.randn(width, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
+    x, gated = torch.randn(length, config.hidden_size), torch.randn(length, config.intermediate_size)
+
+    def run():
+        torch.nn.functional.linear(x, into)
+        torch.nn.functional.linear(gated, out)
+
+    return run
+
+
+def scan_products(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
+    """The products of the scans of both directions alone, on matrices that are in the cache already."""
+    heads, head_dim, state = HEADS_AT_ONCE, config.head_dim, config.state_size
+    weights, x = torch.randn(heads, CHUNK, CHUNK), torch.randn(heads, CHUNK, head_dim)
+    B, states = torch.randn(heads, CHUNK, state) * 1e-3, torch.randn(heads, state, head_dim)
+    y = torch.empty_like(x)
+
+    def run():
+        for _ in range(2 * (length // CHUNK) * (config.num_heads // heads)):
+            B[0] @ B[0].mT
+            torch.bmm(weights, x, out=y)
+            torch.bmm(B, states, out=y)
+            states.baddbmm_(B.mT, x)
+
+    return run
+
+
+def block() -> list[dict]:
+    """One full-width block on 4,800 tokens."""
+    config, length = MambaMiaCompressorConfig(**FULL_SIZE), 4800
+    layer, hidden_states = spatial_block(config), torch.randn(1, length, config.hidden_size)
+    seconds = median_seconds(
+        {
+            "block": lambda: layer(hidden_states, SEGMENT_LENGTH),
+            "in_proj and out_proj": projections(config, length),
+            "products of the scans": scan_products(config, length),
+        }
+    )
+    seconds["all products"] = seconds["in_proj and out_proj"] + seconds["products of the scans"]
+    return [
+        {
+            "part": "block",
+            "who": who,
+            "tokens": length,
+            "us a token": value / length * 1e6,
+            "share of the block's time": value / seconds["block"],
+        }
+        for who, value in seconds.items()
+    ]
+
+
+def layers() -> list[dict]:
+    """Three full-width blocks, every token through all of them against the last one read out at the anchors only."""
+    rows, length = [], 2400
+    for placement in ("post_mixer", "pre_mixer", None):
+        config = MambaMiaCompressorConfig(**FULL_SIZE, gpa_placement=placement)
+        blocks = MambaMiaCompressor(config).eval().layers
+        start = torch.randn(1, length, config.hidden_size)
+
+        def run(anchors_only: bool, blocks=blocks, start=start) -> torch.Tensor:
+            hidden_states = start.clone()
+            for layer in blocks[:-1]:
+                layer(hidden_states, SEGMENT_LENGTH)
+            return blocks[-1](hidden_states, SEGMENT_LENGTH, anchors_only=anchors_only)
+
+        row_length = config.patches_per_anchor + 1
+        difference = (run(False)[:, row_length - 1 :: row_length] - run(True)).abs().max().item()
+        seconds = median_seconds({"every token": lambda run=run: run(False), "anchors": lambda run=run: run(True)})
+        rows += [
+            {
+                "part": "layers",
+                "who": f"{placement}, {who} of the last block",
+                "tokens": length,
+                "us a token": value / length * 1e6,
+                "times faster": seconds["every token"] / value,
+                "largest difference": difference,
+            }
+            for who, value in seconds.items()
+        ]
+    return rows
+
+
+def growth() -> list[dict]:
+    """A small width from 96 frames to 6,144: time a frame, and the memory that a call takes."""
+    compressor, rows = MambaMiaCompressor(MambaMiaCompressorConfig(**SMALL)).eval(), []
+    for frames in (96, 384, 1536, 6144):
+        features = torch.randn(1, frames, 576, SMALL["input_size"])
+
+        def run(features=features):
+            return compressor(features, return_dict=True)
+
+        seconds = median_seconds({"ours": run}, runs=5 if frames < 6144 else 1)["ours"]
+        memory, anchors = extra_bytes(run), run().last_hidden_state.nbytes
+        sequence = frames * 600 * SMALL["hidden_size"] * 4
+        rows.append(
+            {
+                "part": "growth",
+                "frames": frames,
+                "ms a frame": seconds / frames * 1e3,
+                "MB beside features": memory / 1e6,
+                "MB of the sequence": sequence / 1e6,
+                "MB of the anchors": anchors / 1e6,
+                "MB of the rest": (memory - sequence - anchors) / 1e6,
+            }
+        )
+    frames = [row["frames"] for row in rows]
+    plot(
+        "compressor_growth",
+        "frames",
+        "MB",
+        {name: (frames, [row[name] for row in rows]) for name in ("MB beside features", "MB of the rest")},
+        log=True,
+    )
+    return rows
+
+
+def full(frames: int) -> list[dict]:
+    """All of the full-size compressor, its time split by stage, and the most memory that the process held."""
+    compressor = MambaMiaCompressor(MambaMiaCompressorConfig(**FULL_SIZE)).eval()
+    features = torch.randn(1, frames, 576, FULL_SIZE["input_size"])
+    marks = []
+
+    def mark(*_):
+        marks.append(time.perf_counter())
+
+    stages = [*compressor.layers, *compressor.temporal_layers]
+    for stage in stages:
+        stage.register_forward_hook(mark)
+    compressor.layers[0].register_forward_pre_hook(mark)
+    mark()
+    compressor(features)
+    mark()
+    names = ["input projection", *(f"stage 1, block {index + 1}" for index in range(len(compressor.layers)))]
+    names += ["stage 2", "output projection"]
+    seconds = {name: end - start for name, start, end in zip(names, marks[:-1], marks[1:], strict=True)}
+    return [
+        {"part": "full", "frames": frames, "stage": name, "seconds": value, "ms a frame": value / frames * 1e3}
+        for name, value in {**seconds, "all": sum(seconds.values())}.items()
+    ] + [{"part": "full", "frames": frames, "stage": "peak resident GB", "GB": peak_rss() / 1e9}]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=["block", "layers", "growth", "full"], required=True)
+    parser.add_argument("--frames", type=int, default=384, help="of the part full")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    parts = {"block": block, "layers": layers, "growth": growth, "full": lambda: full(arguments.frames)}
+    with torch.no_grad():
+        for part in arguments.parts:
+            report(f"compressor_{part}", parts[part]())
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
