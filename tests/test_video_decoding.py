@@ -53,6 +53,14 @@ def every(step):
     return lambda metadata: np.arange(0, metadata.total_num_frames, step)
 
 
+@pytest.fixture
+def set_threads():
+    """Sets how many threads PyTorch uses, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 CONTAINERS = {
     "mp4": {"name": "v.mp4"},
     "mp4 with sound": {"name": "v.mp4", "with_sound": True},
@@ -103,6 +111,24 @@ class TestContainers:
         assert read_numbers(frames) == indices
         assert metadata.frames_indices == indices
         assert metadata.timestamps == pytest.approx([number / 10 for number in indices], abs=1e-3)
+
+    def test_key_frames(self, container_file):
+        with av.open(str(container_file)) as container:
+            keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+        assert len(keys) >= 4
+        frames, metadata = decode_video(container_file, pick(3, 12, 24, 39), seek="keyframe")
+        nearest = [min(keys, key=lambda key: abs(key - index)) for index in (3, 12, 24, 39)]
+        assert read_numbers(frames) == metadata.frames_indices == nearest
+        assert metadata.timestamps == pytest.approx([number / 10 for number in nearest], abs=1e-3)
+
+    def test_threads_change_nothing(self, container_file, set_threads):
+        set_threads(1)
+        expected, expected_metadata = decode_video(container_file, pick(1, 8, 13, 13, 24, 25, 38))
+        for threads in (2, 3, 8):
+            set_threads(threads)
+            frames, metadata = decode_video(container_file, pick(1, 8, 13, 13, 24, 25, 38))
+            assert torch.equal(frames, expected)
+            assert metadata.frames_indices == expected_metadata.frames_indices
 
 
 def test_order_and_repetitions_are_kept(tmp_path):
@@ -192,6 +218,18 @@ def test_repeated_frames(tmp_path):
     assert read_numbers(decode_video(path, pick(2, 5))[0]) == [2, 5]
 
 
+def test_refresh_bit_by_bit(tmp_path):
+    # There is one whole key frame at the start. Later ones are places from which pictures become whole in time.
+    options = {"bf": "0", "x264-params": "intra-refresh=1"}
+    path = write_video(tmp_path / "v.mp4", codec_options=options)
+    with av.open(str(path)) as container:
+        assert [n for n, packet in enumerate(container.demux(video=0)) if packet.is_keyframe] == [0, 10, 20, 30]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_numbers(decode_video(path, pick(10, 11, 22, 39))[0]) == [10, 11, 22, 39]
+        assert read_numbers(decode_video(path, pick(12, 22, 32), seek="keyframe")[0]) == [10, 20, 30]
+
+
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
 def test_rotation(tmp_path, turns):
     frames, metadata = decode_video(write_rotated_video(tmp_path / "v.mp4", turns))
@@ -216,28 +254,149 @@ def test_transform_equals_resizing_afterwards(tmp_path):
     assert (metadata.height, metadata.width) == (HEIGHT, WIDTH)
 
 
-def test_memory_is_that_of_the_transformed_frames(tmp_path):
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(("seek", "wanted"), [("exact", range(30)), ("keyframe", [0, 0, 10, 10, 10, 20] * 5)])
+def test_memory_is_that_of_the_transformed_frames(tmp_path, set_threads, threads, seek, wanted):
     images = [draw_number(number, height=240, width=320) for number in range(30)]
     path = write_video(tmp_path / "v.mp4", images=images)
+    set_threads(threads)
     decode_video(path, pick(0))
     tracemalloc.start()
-    frames, _ = decode_video(path, transform=lambda frame: frame[:, ::8, ::8])
+    frames, _ = decode_video(path, pick(*wanted), transform=lambda frame: frame[:, ::4, ::4], seek=seek)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert read_numbers(frames) == list(range(30))
-    assert peak < frames.numel() + 4 * images[0].size
+    assert read_numbers(frames) == list(wanted)
+    assert peak < frames.numel() + (3 + threads) * images[0].size
 
 
-def test_frames_of_changing_size(tmp_path):
-    # Two streams of H.264 one after the other are a valid stream that changes its size.
-    first = write_video(tmp_path / "a.h264", num_frames=5)
-    images = [draw_number(number, height=96, width=128) for number in range(5, 10)]
-    second = write_video(tmp_path / "b.h264", images=images)
-    path = tmp_path / "v.h264"
+@pytest.mark.parametrize("suffix", [".h264", ".ts"])
+def test_frames_of_changing_size(tmp_path, set_threads, suffix):
+    # Two streams one after the other are a valid stream that changes its size.
+    first = write_video(tmp_path / f"a{suffix}", num_frames=20)
+    images = [draw_number(number, height=96, width=128) for number in range(20, 40)]
+    second = write_video(tmp_path / f"b{suffix}", images=images, start=2.0)
+    path = tmp_path / f"v{suffix}"
     path.write_bytes(first.read_bytes() + second.read_bytes())
-    frames, _ = decode_video(path)
-    assert frames.shape == (10, 3, HEIGHT, WIDTH)
-    assert read_numbers(frames) == list(range(10))
+    for threads in (1, 4):
+        set_threads(threads)
+        frames, _ = decode_video(path, pick(0, 12, 25, 36))
+        assert frames.shape == (4, 3, HEIGHT, WIDTH)
+        numbers = np.array(read_numbers(frames))
+        assert np.abs(numbers - [0, 12, 25, 36]).max() <= 1  # the joint of two MPEG transport streams costs a frame
+
+
+def test_times_that_start_again(tmp_path):
+    # Then the order in the file counts, and the frame rate.
+    first = write_video(tmp_path / "a.ts", num_frames=20)
+    second = write_video(tmp_path / "b.ts", images=[draw_number(number) for number in range(20, 40)])
+    path = tmp_path / "v.ts"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    frames, metadata = decode_video(path, pick(7, 12, 25, 36))
+    assert read_numbers(frames) == [7, 12, 25, 36]
+    assert metadata.timestamps == pytest.approx([0.7, 1.2, 2.5, 3.6])
+    assert read_numbers(decode_video(path, pick(2, 7), seek="keyframe")[0]) == [0, 10]
+
+
+class TestKeyFrames:
+    def test_only_they_are_decoded(self, tmp_path, decoded):
+        path = write_video(tmp_path / "v.mp4")
+        frames, metadata = decode_video(path, pick(3, 8, 16, 39), seek="keyframe")
+        assert read_numbers(frames) == metadata.frames_indices == [0, 10, 20, 30]
+        assert metadata.total_num_frames == 40
+        assert len([packet for packet, _ in decoded if packet is not None]) == 4
+
+    def test_too_few_are_repeated(self, tmp_path):
+        path = write_video(tmp_path / "v.mp4", key_every=20)
+        with pytest.warns(UserWarning, match="2 of them stand for the 8 sampled frames"):
+            frames, metadata = decode_video(path, every(5), seek="keyframe")
+        assert read_numbers(frames) == metadata.frames_indices == [0, 0, 0, 20, 20, 20, 20, 20]
+        assert metadata.timestamps == pytest.approx([0, 0, 0, 2, 2, 2, 2, 2])
+
+    def test_repetitions_that_are_asked_for_give_no_warning(self, tmp_path):
+        path = write_video(tmp_path / "v.mp4")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            frames, _ = decode_video(path, pick(33, 2, 2, 11), seek="keyframe")
+        assert read_numbers(frames) == [30, 0, 0, 10]
+
+    def test_nearest_in_time_at_a_variable_frame_rate(self, tmp_path):
+        times = [0.0, 0.1, 0.2, 0.3, 4.0, 4.1, 4.2, 9.0, 9.1, 9.2]
+        path = write_video(tmp_path / "v.mp4", num_frames=10, times=times, key_every=4, codec_options={"bf": "0"})
+        # Key frames are 0, 4 and 8, at 0, 4 and 9.1 seconds.
+        frames, metadata = decode_video(path, pick(3, 6, 7), seek="keyframe")
+        assert read_numbers(frames) == [0, 4, 8]
+        assert metadata.timestamps == pytest.approx([0.0, 4.0, 9.1])
+
+    def test_hidden_ones_are_not_taken(self, tmp_path):
+        path = write_video(tmp_path / "v.mp4", start=-0.5)
+        frames, metadata = decode_video(path, pick(0, 20), seek="keyframe")
+        assert read_numbers(frames) == [10, 20]
+        assert metadata.timestamps == pytest.approx([0.5, 1.5])
+
+    def test_one_frame(self, tmp_path):
+        path = write_video(tmp_path / "v.mp4", num_frames=1)
+        for seek in ("exact", "keyframe"):
+            frames, metadata = decode_video(path, seek=seek)
+            assert read_numbers(frames) == [0] and metadata.timestamps == [0.0]
+
+    def test_none(self, tmp_path):
+        content = write_video(tmp_path / "v.ts", num_frames=80, key_every=80).read_bytes()
+        (tmp_path / "v.ts").write_bytes(content[len(content) // 2 // 188 * 188 :])
+        with pytest.raises(ValueError, match=r"v\.ts' marks none of its frames as a key frame: pass `seek='exact'`"):
+            decode_video(tmp_path / "v.ts", pick(5), seek="keyframe")
+
+    @pytest.mark.parametrize("seek", ["nearest", "", None])
+    def test_unknown_mode(self, tmp_path, seek):
+        with pytest.raises(ValueError, match=rf"`seek={seek!r}` is no way to find frames: use 'exact' or 'keyframe'"):
+            decode_video(write_video(tmp_path / "v.mp4"), seek=seek)
+
+
+class TestThreads:
+    @pytest.mark.parametrize(
+        ("threads", "indices", "decoders"),
+        [
+            (1, [5, 15, 25, 35], [1]),
+            (2, [5, 15, 25, 35], [1, 1]),
+            (8, [5, 15, 25, 35], [2, 2, 2, 2]),  # more than there are key frames to start from
+            (8, [5, 6], [8]),
+            (64, range(40), [2, 2, 2, 2]),
+        ],
+    )
+    def test_as_many_as_pytorch_uses(self, tmp_path, monkeypatch, set_threads, threads, indices, decoders):
+        path = write_video(tmp_path / "v.mp4")
+        open_video, opened = video_decoding._open_video, []
+
+        def record(path, name, threads=None):
+            opened.append(threads)
+            return open_video(path, name) if threads is None else open_video(path, name, threads)
+
+        monkeypatch.setattr(video_decoding, "_open_video", record)
+        set_threads(threads)
+        assert read_numbers(decode_video(path, pick(*indices))[0]) == list(indices)
+        assert opened == [None, *decoders]
+
+    def test_they_end_with_an_error(self, tmp_path, set_threads):
+        path = write_video(tmp_path / "v.mp4")
+        set_threads(4)
+        before = threading.active_count()
+
+        def fail(frame):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            decode_video(path, transform=fail)
+        assert threading.active_count() == before
+
+    def test_transform_is_called_in_that_of_the_caller(self, tmp_path, set_threads):
+        set_threads(4)
+        callers = set()
+
+        def record(frame):
+            callers.add(threading.get_ident())
+            return frame
+
+        decode_video(write_video(tmp_path / "v.mp4"), transform=record)
+        assert callers == {threading.get_ident()}
 
 
 class TestSources:

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoVideoProcessor
+from tiny import tiny_tokenizer
+from transformers import AutoVideoProcessor, SiglipImageProcessor
 from transformers.video_utils import VideoMetadata
 from video_files import draw_number, read_numbers, write_cut_video, write_video
 
-from mambamia_hf import MambaMiaVideoProcessor
+from mambamia_hf import MambaMiaProcessor, MambaMiaVideoProcessor
 
 
 SMALL = {"size": {"height": 48, "width": 64}}
@@ -97,9 +98,42 @@ class TestSampling:
             from_array = processor(array(60), video_metadata=[metadata], return_metadata=True, **kwargs)
             assert from_array.video_metadata[0].frames_indices == from_file
 
+    def test_key_frames(self, processor, path):
+        # The middles of six seconds are 0.5, 1.5, ..., of which the frames 5, 15, ... are on display.
+        output = processor(path, num_frames=6, seek="keyframe", return_tensors="pt", return_metadata=True)
+        metadata = output.video_metadata[0]
+        assert read_numbers(output.pixel_values_videos[0] * 127.5 + 127.5) == [0, 10, 20, 30, 40, 50]
+        assert metadata.frames_indices == [0, 10, 20, 30, 40, 50]
+        assert metadata.timestamps == pytest.approx([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+
+    def test_number_of_frames_is_kept_where_key_frames_are_rare(self, processor, path):
+        with pytest.warns(UserWarning, match="6 of them stand for the 12 sampled frames"):
+            output = processor(path, seek="keyframe", return_tensors="pt", return_metadata=True)
+        assert output.frame_mask.tolist() == [[True] * 12]
+        numbers = read_numbers(output.pixel_values_videos[0] * 127.5 + 127.5)
+        assert numbers == output.video_metadata[0].frames_indices == sorted(numbers)
+        assert set(numbers) == {0, 10, 20, 30, 40, 50}
+
+    def test_key_frames_through_a_chat(self, path):
+        processor = MambaMiaProcessor(
+            SiglipImageProcessor(), tiny_tokenizer(), MambaMiaVideoProcessor(**SMALL), num_frame_tokens=2
+        )
+        chat = [{"role": "user", "content": [{"type": "video", "path": path}]}]
+        kwargs = {"num_frames": 4, "seek": "keyframe"}
+        expected = processor.video_processor(path, return_tensors="pt", **kwargs)
+        for processor_kwargs in ({**kwargs, "return_metadata": True}, {"videos_kwargs": kwargs}):
+            inputs = processor.apply_chat_template(
+                chat, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=processor_kwargs
+            )
+            assert torch.equal(inputs["pixel_values_videos"], expected.pixel_values_videos)
+            if "return_metadata" in processor_kwargs:
+                assert inputs["video_metadata"][0].timestamps == pytest.approx([1.0, 2.0, 4.0, 5.0])
+        assert read_numbers(expected.pixel_values_videos[0] * 127.5 + 127.5) == [10, 20, 40, 50]
+
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
+            ({"seek": "nearest"}, "`seek='nearest'` is no way to find frames"),
             ({"num_frames": 0}, "`num_frames=0` cannot be sampled from a video of 60 frames"),
             ({"num_frames": 61}, "`num_frames=61` cannot be sampled from a video of 60 frames"),
             ({"num_frames": 4, "fps": 1}, "mutually exclusive"),
@@ -240,15 +274,17 @@ class TestUse:
         assert "12/12" in capsys.readouterr().err
 
     def test_save_and_load(self, tmp_path):
-        processor = MambaMiaVideoProcessor(num_frames=16, fps=1.5, **SMALL)
+        processor = MambaMiaVideoProcessor(num_frames=16, fps=1.5, seek="keyframe", **SMALL)
         processor.save_pretrained(tmp_path)
         loaded = AutoVideoProcessor.from_pretrained(tmp_path)
         assert type(loaded) is MambaMiaVideoProcessor
         assert loaded.to_dict() == processor.to_dict()
-        assert (loaded.num_frames, loaded.fps) == (16, 1.5)
+        assert (loaded.num_frames, loaded.fps, loaded.seek) == (16, 1.5, "keyframe")
 
     def test_fetch_videos(self, processor, path):
         frames, metadata = processor.fetch_videos(path, processor.sample_frames)
         assert frames.shape == (12, 3, 48, 64) and metadata.total_num_frames == 60
         frames, metadata = processor.fetch_videos([path, path])
         assert [video.shape[0] for video in frames] == [60, 60] and len(metadata) == 2
+        frames, metadata = processor.fetch_videos(path, lambda metadata: np.array([12, 38]), seek="keyframe")
+        assert read_numbers(frames) == metadata.frames_indices == [10, 40]

@@ -2,9 +2,10 @@
 
 A file is read in two passes. The first reads the packets without decoding any of them, and learns when every frame is
 shown and where decoding can start: this is exact for variable frame rates and for containers that state no duration
-and no number of frames, and takes some 4 µs a frame. The second decodes the wanted frames only: it seeks to the key
-frame before a wanted frame, unless decoding is already past that key frame, and stops at the wanted frame. Each wanted
-frame is converted and resized as soon as it is decoded, so that only resized frames are ever held.
+and no number of frames, and takes some 3 µs a frame. The second decodes the wanted frames only: it seeks to the key
+frame before a wanted frame, goes on from there to the last frame that is wanted before the next key frame, and so on.
+Several threads, each with a decoder of its own, share these pieces of the file. Each wanted frame is converted and
+resized as soon as it is decoded, so that only resized frames are ever held.
 """
 
 import os
@@ -12,11 +13,12 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import InitVar, dataclass
-from itertools import chain
+from itertools import chain, islice, pairwise
 from typing import BinaryIO
 
 import av
@@ -30,6 +32,9 @@ from transformers.video_utils import VideoMetadata
 
 
 VideoSource = str | os.PathLike | bytes | BinaryIO
+
+# More decoders would hold more pictures than is worth the time that they save.
+_MAX_THREADS = 8
 
 # In their packets it says up front whether another frame refers to a frame.
 _CODECS_WITH_MARKED_FRAMES = ("h264", "hevc")
@@ -65,16 +70,18 @@ class _Packets:
     Args:
         pts (`np.ndarray` of shape `(num_packets,)`):
             When the frame of each packet is shown, in units of the stream's time base. Where the container has no
-            timestamps, the frames are numbered instead.
+            timestamps to go by, the frames are numbered instead.
         keys (`np.ndarray` of shape `(num_keys,)`): The packets at which decoding can start.
         shown (`np.ndarray` of shape `(num_frames,)`): The packets whose frames are shown, in the order of showing.
-        timed (`bool`): Whether the container has timestamps.
+        shown_pts (`np.ndarray` of shape `(num_frames,)`): When these are shown.
+        timed (`bool`): Whether the container has timestamps to go by.
         marked (`bool`): Whether decoders know a frame that no other refers to before decoding it.
     """
 
     pts: np.ndarray
     keys: np.ndarray
     shown: np.ndarray
+    shown_pts: np.ndarray
     timed: bool
     marked: bool
 
@@ -95,9 +102,10 @@ def decode_video(
     sample_indices_fn: Callable[..., np.ndarray] | None = None,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: bool = False,
+    seek: str = "exact",
 ) -> tuple[torch.Tensor, TimedVideoMetadata]:
     """
-    Decodes the sampled frames of a video.
+    Decodes the sampled frames of a video, in as many threads as PyTorch uses (`torch.get_num_threads()`), at most 8.
 
     Frames are turned upright where the file says that they are recorded on their side. Resizing belongs into
     `transform`: the result then equals that of decoding at full size and resizing afterwards, while only resized
@@ -110,9 +118,14 @@ def decode_video(
             Called with `metadata=` ([`TimedVideoMetadata`]), returns the numbers of the wanted frames. All frames are
             decoded without it.
         transform (`Callable`, *optional*):
-            Applied to each wanted frame, a uint8 tensor of shape `(3, height, width)`.
+            Applied to each wanted frame, a uint8 tensor of shape `(3, height, width)`; not in order.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        seek (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` decodes the wanted frames. `"keyframe"` takes the key frame nearest in time to each wanted frame
+            instead, which is many times faster, as nothing else is decoded; `frames_indices` and `timestamps` of the
+            metadata are those of the key frames. There are as many frames as wanted in any case: where key frames are
+            rarer than wanted frames they are repeated, with a warning.
 
     Returns:
         `tuple[torch.Tensor, TimedVideoMetadata]`: The frames, of shape `(num_frames, 3, height, width)` and uint8 (or
@@ -120,11 +133,15 @@ def decode_video(
 
     Raises:
         `FileNotFoundError`: if there is no file at the path.
-        `ValueError`: if the file holds no readable video, or the wanted frames are not frames of the video.
+        `ValueError`: if the file holds no readable video, the wanted frames are not frames of the video, there is no
+            such `seek`, or key frames are wanted of a video without any.
 
     Warns:
-        `UserWarning`: if the file is cut off or damaged and only some of the frames can be read.
+        `UserWarning`: if the file is cut off or damaged and only some of the frames can be read, or if key frames are
+            repeated.
     """
+    if seek not in ("exact", "keyframe"):
+        raise ValueError(f"`seek={seek!r}` is no way to find frames: use 'exact' or 'keyframe'.")
     with _as_local_file(source) as (path, name):
         with _open_video(path, name) as (container, stream):
             packets, metadata = _read_packets(container, stream, name)
@@ -140,22 +157,20 @@ def decode_video(
                 f"Frames {indices.min()} to {indices.max()} were asked of {name}: ask for frames from 0 to "
                 f"{metadata.total_num_frames - 1}."
             )
-
-        unique_indices, inverse = np.unique(indices, return_inverse=True)
-        frames, found, size = _decode_frames(path, name, packets, unique_indices, transform, progress)
+        if seek == "keyframe":
+            indices = _nearest_key_frames(packets, metadata, indices, name)
+        frames, found, size = _decode_frames(path, name, packets, indices, transform, progress)
 
     metadata.height, metadata.width = size
-    readable = found[inverse] >= 0
+    readable = found >= 0
     if not readable.all():
         warnings.warn(
             f"{name} is damaged: only {readable.sum()} of the {len(indices)} sampled frames can be decoded and are "
             "used.",
             stacklevel=2,
         )
-        inverse = inverse[readable]
-    metadata.frames_indices = found[inverse].tolist()
-    if not np.array_equal(inverse, np.arange(len(frames))):
-        frames = frames[inverse]
+        frames, found = frames[readable], found[readable]
+    metadata.frames_indices = found.tolist()
     return torch.from_numpy(frames), metadata
 
 
@@ -200,7 +215,9 @@ def _as_local_file(source: VideoSource) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _open_video(path: str, name: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _open_video(
+    path: str, name: str, threads: int = 1
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
         container = av.open(path, metadata_errors="replace")
     except av.FFmpegError as error:
@@ -220,6 +237,7 @@ def _open_video(path: str, name: str) -> Iterator[tuple[av.container.InputContai
         if stream.codec_context is None:
             raise ValueError(f"{name} uses a video codec that this FFmpeg cannot decode: convert it to H.264.")
         stream.thread_type = "AUTO"
+        stream.thread_count = threads
         yield container, stream
 
 
@@ -250,6 +268,8 @@ def _read_packets(
     # The average rate is unknown to streams without timestamps.
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     timed = all(pts[packet] is not None for packet in shown)
+    # Where they start again, as in recordings that were put together, the order of the file is the one to trust.
+    timed = timed and all(a < b for a, b in pairwise(pts[packet] for packet in shown if is_key[packet]))
     marked = stream.codec_context.name in _CODECS_WITH_MARKED_FRAMES
     if timed:
         pts = np.array([0 if value is None else value for value in pts])
@@ -285,7 +305,8 @@ def _read_packets(
         video_backend="pyav",
         frame_timestamps=timestamps,
     )
-    return _Packets(pts=pts, keys=np.flatnonzero(is_key), shown=shown, timed=timed, marked=marked), metadata
+    keys = np.flatnonzero(is_key)
+    return _Packets(pts=pts, keys=keys, shown=shown, shown_pts=pts[shown], timed=timed, marked=marked), metadata
 
 
 def _announced_duration(container: av.container.InputContainer, stream: av.VideoStream, start: float) -> float | None:
@@ -299,6 +320,23 @@ def _announced_duration(container: av.container.InputContainer, stream: av.Video
     return container.duration / av.time_base - start if container.duration else None
 
 
+def _nearest_key_frames(packets: _Packets, metadata: TimedVideoMetadata, indices: np.ndarray, name: str) -> np.ndarray:
+    "The numbers of the key frames nearest in time to the frames numbered `indices`; warns where they have to repeat."
+    keys = np.flatnonzero(np.isin(packets.shown, packets.keys))
+    if len(keys) == 0:
+        raise ValueError(f"{name} marks none of its frames as a key frame: pass `seek='exact'`.")
+    times = metadata.frame_timestamps[keys]
+    nearest = keys[np.searchsorted((times[:-1] + times[1:]) / 2, metadata.frame_timestamps[indices])]
+    num_keys, num_wanted = len(np.unique(nearest)), len(np.unique(indices))
+    if num_keys < num_wanted:
+        warnings.warn(
+            f"{name} has too few key frames: {num_keys} of them stand for the {num_wanted} sampled frames, some "
+            "repeatedly; pass `seek='exact'` for the frames themselves.",
+            stacklevel=3,
+        )
+    return nearest
+
+
 def _decode_frames(
     path: str,
     name: str,
@@ -308,111 +346,160 @@ def _decode_frames(
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """
-    Decodes the frames numbered `indices` (ascending, each once).
+    Decodes the frames numbered `indices`.
 
     Returns the frames, of shape `(len(indices), 3, height, width)`; the number of the frame that was found for each
     index, -1 where none could be decoded; and the height and width of the frames in the file.
     """
     if packets.timed:
         try:
-            with _open_video(path, name) as (container, stream):
-                decoded = _decode_by_seeking(container, stream, packets, indices)
-                return _take_frames(decoded, name, indices, transform, progress)
+            with closing(_decode_in_threads(path, name, packets, np.unique(indices))) as images:
+                return _collect(images, name, indices, transform, progress)
         except _SeekError:
             pass  # a rare container, of which decoding everything in order makes the best
-    with _open_video(path, name) as (container, stream):
-        decoded = enumerate(chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream)))
-        return _take_frames(decoded, name, indices, transform, progress)
+    with closing(_decode_in_order(path, name, np.unique(indices))) as images:
+        return _collect(images, name, indices, transform, progress)
 
 
-def _take_frames(
-    decoded: Iterator[tuple[int, av.VideoFrame]],
+def _collect(
+    images: Iterator[tuple[int, int, np.ndarray]],
     name: str,
     indices: np.ndarray,
     transform: Callable[[torch.Tensor], torch.Tensor] | None,
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    "Converts the frames numbered `indices` among the `decoded` ones, which come with their numbers; see above."
-    frames, size, latest = None, None, (-1, None)
-    found = np.full(len(indices), -1)
-    reformatter = VideoReformatter()  # one for all frames: setting one up takes far longer than a conversion
-    pending = deque(range(len(indices)))
+    "Transforms the images, which come with the index they are wanted for and their own number; see above."
+    frames, found, size = None, np.full(len(indices), -1), None
+    order = np.argsort(indices)
     with tqdm(total=len(indices), desc=f"Decoding {name}", unit="frame", disable=not progress) as bar:
-        for number, frame in chain(decoded, [(np.inf, None)]):
-            while pending and indices[pending[0]] < number:
-                i = pending.popleft()
-                bar.update()
-                # Some packets show nothing of their own, such as second fields: then the frame before is on display.
-                if latest[0] < indices[i] - 1 or latest[1] is None:
-                    continue
-                image = _to_upright_rgb(latest[1], reformatter, size)
-                size = size or image.shape[:2]
-                image = torch.from_numpy(image).permute(2, 0, 1)
-                image = (image if transform is None else transform(image)).numpy()
-                if frames is None:
-                    frames = np.empty((len(indices), *image.shape), dtype=image.dtype)
-                frames[i], found[i] = image, latest[0]
-            if not pending:
-                break
-            latest = number, frame
+        for index, number, image in images:
+            size = image.shape[:2]
+            image = torch.from_numpy(image).permute(2, 0, 1)
+            image = (image if transform is None else transform(image)).numpy()
+            if frames is None:
+                frames = np.empty((len(indices), *image.shape), dtype=image.dtype)
+            places = order[slice(*np.searchsorted(indices, [index, index + 1], sorter=order))]
+            frames[places], found[places] = image, number
+            bar.update(len(places))
     if frames is None:
         raise ValueError(f"None of the {len(indices)} sampled frames of {name} can be decoded: the file is damaged.")
     return frames, found, size
 
 
-def _to_upright_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None) -> np.ndarray:
-    "Converts a decoded frame to RGB, shape `(height, width, 3)`: that of `size` where given, else its own."
-    turns = round(frame.rotation / 90) % 4
-    height, width = size or ((frame.width, frame.height) if turns % 2 else (frame.height, frame.width))
-    if turns % 2:
-        height, width = width, height
-    image = reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
-    return np.ascontiguousarray(np.rot90(image, turns))
+def _decode_in_threads(
+    path: str, name: str, packets: _Packets, indices: np.ndarray
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    "Yields each index, the number of the frame found for it, and that frame's image; in no particular order."
+    groups = defaultdict(list)  # by the key frame from which to decode
+    for index in indices:
+        groups[int(packets.starts(packets.shown[index])[-1])].append(index)
+    num_decoders = min(_num_threads(), len(groups))
+    todo = deque([*groups.items(), *[None] * num_decoders])
+    decoders = [
+        _decode_groups(path, name, packets, iter(todo.popleft, None), _num_threads() // num_decoders)
+        for _ in range(num_decoders)
+    ]
+    # A decoder waits with an image until it is taken, so that there are never more than one each.
+    with ThreadPoolExecutor(num_decoders) as pool:
+        running = {pool.submit(next, decoder, None): decoder for decoder in decoders}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                decoder = running.pop(future)
+                if (image := future.result()) is not None:
+                    running[pool.submit(next, decoder, None)] = decoder
+                    yield image
 
 
-def _decode_by_seeking(
-    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, indices: np.ndarray
+def _num_threads() -> int:
+    return min(torch.get_num_threads(), _MAX_THREADS)
+
+
+def _decode_groups(
+    path: str, name: str, packets: _Packets, groups: Iterator[tuple[int, list[int]]], threads: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    "Decodes groups of frames, each from its key frame on; see above."
+    with _open_video(path, name, threads) as (container, stream):
+        to_image = _image_converter(stream)
+        for start, indices in groups:
+            # In a stream that is refreshed bit by bit, pictures are whole only a key frame or two later.
+            for key in packets.starts(start)[:-4:-1]:
+                found = set()
+                for index, number, frame in _pick(_decode_from(container, stream, packets, key, indices), indices):
+                    found.add(index)
+                    yield index, number, to_image(frame)
+                indices = [index for index in indices if index not in found]
+                if not indices:
+                    break
+
+
+def _decode_in_order(path: str, name: str, indices: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    "Decodes the file from its start; see above."
+    with _open_video(path, name, _num_threads()) as (container, stream):
+        to_image = _image_converter(stream)
+        decoded = chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream))
+        for index, number, frame in _pick(enumerate(decoded), indices):
+            yield index, number, to_image(frame)
+
+
+def _pick(
+    decoded: Iterator[tuple[int, av.VideoFrame]], indices: Sequence[int]
+) -> Iterator[tuple[int, int, av.VideoFrame]]:
+    "Picks the frames numbered `indices` (ascending) from the decoded ones, which come with their numbers."
+    pending, latest = deque(indices), (-1, None)
+    for number, frame in chain(decoded, [(np.inf, None)]):
+        while pending and pending[0] < number:
+            index = pending.popleft()
+            # Some packets show nothing of their own, such as second fields: then the frame before is on display.
+            if latest[0] >= index - 1 and latest[1] is not None:
+                yield index, *latest
+        if not pending:
+            return
+        latest = number, frame
+
+
+def _image_converter(stream: av.VideoStream) -> Callable[[av.VideoFrame], np.ndarray]:
+    "Gives a function from a frame to its upright RGB image, of shape `(height, width, 3)`, the same for all frames."
+    width, height = stream.codec_context.width or None, stream.codec_context.height or None
+    reformatter = VideoReformatter()  # one for all frames: setting one up takes far longer than a conversion
+
+    def to_image(frame: av.VideoFrame) -> np.ndarray:
+        image = reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+        return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+
+    return to_image
+
+
+def _decode_from(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, key: int, indices: list[int]
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    "Decodes from the last possible key frame to each wanted frame; yields frames with their ascending numbers."
-    shown_pts = packets.pts[packets.shown]
+    "Decodes from the packet `key` to the last of the frames numbered `indices`; yields frames with their numbers."
+    num_packets = int(packets.shown[indices].max()) - key + 1
     # The frame before a wanted one stands in for it where its packet shows nothing.
-    needed_pts = set(shown_pts[indices]) | set(shown_pts[np.maximum(indices - 1, 0)])
-    number = -1
-
-    def numbered(frames: list[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
-        nonlocal number
-        for frame in frames:
+    needed_pts = set(packets.shown_pts[indices]) | set(packets.shown_pts[np.maximum(np.array(indices) - 1, 0)])
+    previous = -1
+    # What the decoder still holds at the end comes out with None.
+    for packet in chain(islice(_seek(container, stream, packets, key), num_packets), [None]):
+        if packets.marked and packet is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
+        for frame in _decode_packet(stream, packet):
             if frame.pts is None:
                 continue
-            previous, number = number, int(np.searchsorted(shown_pts, frame.pts, side="right")) - 1
+            number = int(np.searchsorted(packets.shown_pts, frame.pts, side="right")) - 1
             if number < previous:
                 raise _SeekError  # the times in the file are not those of showing
+            previous = number
             yield number, frame
-
-    incoming, position = container.demux(stream), 0
-    for start, last in sorted((int(packets.starts(packet)[-1]), int(packet)) for packet in packets.shown[indices]):
-        if start > position:
-            yield from numbered(_decode_packet(stream, None))  # what the decoder's threads still hold
-            incoming, position = _seek(container, stream, packets, start), start
-        while position <= last:
-            packet = next(incoming, None)
-            if packet is None:
-                return
-            if packets.marked:
-                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
-            yield from numbered(_decode_packet(stream, packet))
-            position += 1
-    yield from numbered(_decode_packet(stream, None))
 
 
 def _seek(
     container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, start: int
 ) -> Iterator[av.Packet]:
     "Moves to the packet `start`, a key frame, and gives the packets from there on."
-    # Some containers land a little after the time asked for: then asking for an earlier key frame helps.
-    for key in packets.starts(start)[:-4:-1]:
+    # Some containers land a little after the time asked for: then asking for an earlier one helps.
+    times = packets.pts[packets.starts(start)[:-4:-1]]
+    for time in (*times, packets.pts[0] - round(1 / stream.time_base)):
         try:
-            container.seek(int(packets.pts[key]), stream=stream)
+            container.seek(int(time), stream=stream)
         except av.FFmpegError:
             break
         incoming = container.demux(stream)

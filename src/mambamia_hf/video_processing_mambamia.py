@@ -34,9 +34,13 @@ class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
     """
     progress (`bool`, *optional*, defaults to `False`):
         Whether to show a progress bar while a video file is decoded.
+    seek (`str`, *optional*, defaults to `"exact"`):
+        Whether frames of a video file are taken at the sampled times (`"exact"`), or the key frames nearest to these
+        (`"keyframe"`), which is many times faster. See [`decode_video`].
     """
 
     progress: bool | None
+    seek: str | None
 
 
 def _stack_frames(frames: list) -> np.ndarray:
@@ -95,6 +99,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             Whether to sample; all frames are used otherwise.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar while a video file is decoded.
+        seek (`str`, *optional*, defaults to `"exact"`):
+            Whether frames of a video file are taken at the sampled times (`"exact"`), or the key frames nearest to
+            these (`"keyframe"`), which is many times faster. Where key frames are rarer than samples they are
+            repeated, with a warning. The metadata tells the true times of the frames in any case.
         kwargs:
             The sizes, means and switches of every video processor of Transformers.
     """
@@ -112,6 +120,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     num_frames = 384
     fps = 2.0
     progress = False
+    seek = "exact"
     valid_kwargs = MambaMiaVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "frame_mask"]
 
@@ -230,15 +239,15 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             return (positions * total + 1e-6).astype(int)
         return np.searchsorted(timestamps, positions * metadata.duration + 1e-3, side="right") - 1
 
-    def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn=None, transform=None, progress=False):
+    def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn=None, **kwargs):
         """
-        Decodes video files with [`decode_video`]: one gives `(frames, metadata)`, a list gives a list of frames and a
-        list of metadata.
+        Decodes video files with [`decode_video`], whose other arguments are `kwargs`: one gives `(frames, metadata)`,
+        a list gives a list of frames and a list of metadata.
         """
         if isinstance(video_url_or_urls, list):
-            fetched = [self.fetch_videos(url, sample_indices_fn, transform, progress) for url in video_url_or_urls]
+            fetched = [self.fetch_videos(url, sample_indices_fn, **kwargs) for url in video_url_or_urls]
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
-        return decode_video(video_url_or_urls, sample_indices_fn, transform, progress)
+        return decode_video(video_url_or_urls, sample_indices_fn, **kwargs)
 
     def _load_videos(
         self,
@@ -251,7 +260,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         "The sampled frames, of shape `(num_frames, channels, height, width)`, and the metadata of every video."
         options = {
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
-            for name in ("do_sample_frames", "do_resize", "size", "resample", "default_to_square", "progress")
+            for name in ("do_sample_frames", "do_resize", "size", "resample", "default_to_square", "progress", "seek")
         }
         videos = self.make_video_list(videos)
         if not videos:
@@ -272,7 +281,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         loaded, metadata = [], []
         for video, known in zip(videos, given_metadata, strict=True):
             if isinstance(video, str):
-                video, known = self.fetch_videos(video, sample, resize, options["progress"])
+                video, known = self.fetch_videos(
+                    video, sample, transform=resize, progress=options["progress"], seek=options["seek"]
+                )
             else:
                 video, known = _sample_array(video, known, sample, kwargs.get("input_data_format"))
             loaded.append(video)
