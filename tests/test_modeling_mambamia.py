@@ -213,9 +213,9 @@ def test_videos_and_prompt_must_agree(model, video):
         model(prompt(LONG, [5], LONG), pixel_values_videos=video)
     with pytest.raises(ValueError, match="4 image placeholders and the images give 8 tokens"):
         model(prompt("image", [5]), pixel_values=video[0, :2])
-    with pytest.raises(ValueError, match="pixel_values_videos must be .*; images go into pixel_values"):
+    with pytest.raises(ValueError, match="pixel_values_videos must be .* not .12, 3, 32, 32.; images go"):
         model(PROMPT, pixel_values_videos=video[0])
-    with pytest.raises(ValueError, match="pixel_values must be .*; videos go into pixel_values_videos"):
+    with pytest.raises(ValueError, match="pixel_values must be .* videos into pixel_values_videos"):
         model(prompt("image"), pixel_values=video)
     with pytest.raises(ValueError, match="frame_mask must be .*, .1, 12. here, not .1, 3."):
         model(PROMPT, pixel_values_videos=video, frame_mask=torch.ones(1, 3, dtype=torch.bool))
@@ -593,6 +593,92 @@ def test_vision_feature_layer(model, video):
     torch.testing.assert_close(recorded.hidden_states[0], tower(video[0], output_hidden_states=True).hidden_states[0])
 
 
+# Features in place of pixels
+
+
+def features_of(model: MambaMiaForConditionalGeneration, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with the vision tower's features in place of its pixels."""
+    features = {key: value for key, value in batch.items() if not key.startswith("pixel_values")}
+    for pixels, name in (("pixel_values_videos", "video_features"), ("pixel_values", "image_features")):
+        if pixels in batch:
+            frames = batch[pixels].reshape(-1, *batch[pixels].shape[-3:])
+            encoded = model.model.encode_frames(frames).last_hidden_state.detach()
+            features[name] = encoded.unflatten(0, batch[pixels].shape[:-3])
+    return features
+
+
+def test_features_give_what_pixels_give(model, batch, kept):
+    features = features_of(model, batch)
+    assert features["video_features"].shape == (2, LONG, 16, 24)
+    output, expected = model(**features), model(**batch)
+    assert output.selected_frames.sum(dim=1).tolist() == list(kept)
+    torch.testing.assert_close(output.logits, expected.logits)
+    generated = model.generate(**features, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, model.generate(**batch, max_new_tokens=4, do_sample=False))
+    # What stands in the padding is of no concern.
+    features["video_features"][1, SHORT:] = float("nan")
+    torch.testing.assert_close(model(**features).logits, expected.logits)
+
+
+def test_features_of_a_budget(model, video):
+    ids = prompt([5, 6], 5, [7, 8])
+    inputs = features_of(model, {"input_ids": ids, "pixel_values_videos": video})
+    output = model(**inputs)
+    assert output.selected_frames.sum() == 5
+    torch.testing.assert_close(output.logits, model(ids, pixel_values_videos=video).logits)
+
+
+def test_image_features_give_what_pixels_give(model, video):
+    ids = prompt([5], "image", [6], "image", LONG, [7])
+    batch = {"input_ids": ids, "pixel_values": video[0, :2], "pixel_values_videos": video}
+    features = features_of(model, batch)
+    assert features["image_features"].shape == (2, 16, 24)
+    torch.testing.assert_close(model(**features).logits, model(**batch).logits)
+    for arguments in ({}, {"num_beams": 2}):
+        arguments = {"max_new_tokens": 3, "do_sample": False, **NO_PLACEHOLDERS, **arguments}
+        assert torch.equal(model.generate(**features, **arguments), model.generate(**batch, **arguments))
+    alone = {"input_ids": prompt("image", [6]), "image_features": features["image_features"][:1]}
+    expected = model.generate(alone["input_ids"], pixel_values=video[0, :1], max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(**alone, max_new_tokens=3, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_are_cast_to_the_type_of_the_model(model, video, dtype):
+    inputs = features_of(model, {"input_ids": PROMPT, "pixel_values_videos": video})
+    inputs["delta_threshold"] = 0
+    logits = model(**{**inputs, "video_features": inputs["video_features"].to(dtype)}).logits
+    assert logits.dtype == torch.float32
+    expected = model(**inputs).logits
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_the_compressor_learns_from_features(batch):
+    model = tiny_model(compressor_config={"gpa_dropout": 0.0}).train()
+    gradients = []
+    for inputs in (batch, features_of(model, batch)):
+        model.zero_grad()
+        model(**inputs, labels=batch["input_ids"]).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.model.compressor.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_features_and_pixels_exclude_each_other(model, video):
+    inputs = features_of(model, {"input_ids": PROMPT, "pixel_values_videos": video})
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="exactly one of pixel_values_videos and video_features"):
+            call(**inputs, pixel_values_videos=video)
+    images = model.model.encode_frames(video[0, :1]).last_hidden_state
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="exactly one of pixel_values and image_features"):
+            call(prompt("image"), pixel_values=video[0, :1], image_features=images)
+    with pytest.raises(ValueError, match="not none"):
+        model.get_video_features()
+    with pytest.raises(ValueError, match=r"video_features must be .num_videos, num_frames, num_patches"):
+        model.get_video_features(video_features=images)
+    with pytest.raises(ValueError, match="features are 7 wide; input_size is 24"):
+        model.get_video_features(video_features=torch.zeros(1, 2, 16, 7))
+
+
 # Training
 
 
@@ -638,6 +724,26 @@ def test_gradient_checkpointing_gives_equal_gradients(batch):
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_text_alone_gives_the_compressor_a_gradient_of_zero():
+    """Processes that train together need one from each, whatever their batches hold."""
+    model = tiny_model().train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in model.model.compressor.parameters())
+    torch.testing.assert_close(output.logits, text_model(model)(ids).logits, atol=0, rtol=0)
+
+
+def test_nothing_to_learn_is_a_loss_of_zero():
+    model = tiny_model().train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for items in (None, 0, torch.tensor(0)):
+        loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=items).loss
+        loss.backward()
+        assert loss == 0
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_trainer_takes_a_step(batch, tmp_path):

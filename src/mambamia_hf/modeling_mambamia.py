@@ -2,13 +2,21 @@
 
 import inspect
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
@@ -22,6 +30,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mambamia import MambaMiaConfig
 from .modeling_compressor import MambaMiaCompressor, select_frames
+from .tokenization_mambamia import load_tokenizer
 
 
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
@@ -171,8 +180,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             kwargs: more arguments of the tower.
 
         Returns:
-            The features as `last_hidden_state (num_frames, num_patches, vision hidden_size)`, and the `hidden_states`
-            and `attentions` of the tower where they are asked for.
+            The features as `last_hidden_state (num_frames, num_patches, vision_size)`, and the `hidden_states` and
+            `attentions` of the tower where they are asked for.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         layer = self.config.vision_layer(layer)
@@ -219,13 +228,18 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         """The tokens of frames and their Δ.
 
         Args:
-            features: `(num_videos, num_frames, num_patches, vision hidden_size)`.
+            features: `(num_videos, num_frames, num_patches, vision_size)`, on any device.
             frame_mask: `(num_videos, num_frames)`, True for real frames.
 
         Returns:
             `(num_videos, num_frames, num_frame_tokens, hidden_size)` and `(num_videos, num_frames)`.
         """
-        compressed = self.compressor(features, frame_mask=frame_mask, return_dict=True)
+        compressor = self.compressor
+        features = features.to(compressor.dtype)
+        if compressor.device.type != "meta":  # where it is offloaded, its own hooks move the features
+            features = features.to(compressor.device)
+        frame_mask = None if frame_mask is None else frame_mask.to(features.device)
+        compressed = compressor(features, frame_mask=frame_mask, return_dict=True)
         tokens = compressed.last_hidden_state
         if self.end_of_frame is not None:
             end_of_frame = self.end_of_frame.to(tokens).expand(*tokens.shape[:2], 1, -1)
@@ -235,9 +249,10 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> MambaMiaFeaturesOutput | tuple:
         """The tokens of images; an image is a video of one frame.
@@ -246,14 +261,14 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): the images.
             vision_feature_layer (`int`, *optional*): see [`MambaMiaConfig`].
             vision_batch_size (`int`, *optional*): see [`MambaMiaConfig`].
+            image_features (`torch.FloatTensor` of shape `(num_images, num_patches, vision_size)`):
+                What `encode_frames` gave for the images, of any floating type, in place of `pixel_values`.
             kwargs: more arguments of the vision tower, such as `output_hidden_states`.
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must be (num_images, channels, height, width), not {tuple(pixel_values.shape)}; "
-                f"videos go into pixel_values_videos."
-            )
-        encoded = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size, **kwargs)
+        _given_media(pixel_values=pixel_values, image_features=image_features)
+        encoded = BaseModelOutput(last_hidden_state=image_features)
+        if image_features is None:
+            encoded = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size, **kwargs)
         tokens, deltas = self.compress(encoded.last_hidden_state.unsqueeze(1))
         return MambaMiaFeaturesOutput(
             last_hidden_state=tokens,
@@ -267,13 +282,14 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
     @can_return_tuple
     def get_video_features(
         self,
-        pixel_values_videos: Tensor,
+        pixel_values_videos: Tensor | None = None,
         frame_mask: Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         delta_threshold: float | None = None,
         delta_min_frames: int | None = None,
         keep_frames: int | Sequence[int | None] | None = None,
+        video_features: Tensor | None = None,
         **kwargs: Any,
     ) -> MambaMiaFeaturesOutput | tuple:
         """The tokens of videos, the importance of their frames, and which frames were kept.
@@ -289,21 +305,26 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             delta_min_frames (`int`, *optional*): videos of at most this many frames keep every frame.
             keep_frames (`int` or a list of one a video, *optional*): exact number of frames to keep in place of a
                 threshold; None in a list stands for the threshold.
+            video_features (`torch.FloatTensor` of shape `(num_videos, num_frames, num_patches, vision_size)`):
+                What `encode_frames` gave for the frames, of any floating type, in place of `pixel_values_videos`.
             kwargs: more arguments of the vision tower, such as `output_hidden_states`.
         """
-        frame_mask = _real_frames(pixel_values_videos, frame_mask)
-        is_padded = not bool(frame_mask.all())
-        frames = pixel_values_videos.flatten(0, 1)
-        if is_padded:
-            frames = frames[frame_mask.flatten().to(frames.device)]
-        encoded = self.encode_frames(frames, vision_feature_layer, vision_batch_size, **kwargs)
-        features = encoded.last_hidden_state
-        frame_mask = frame_mask.to(features.device)
-        if is_padded:
-            padded = features.new_zeros(frame_mask.numel(), *features.shape[1:])
-            features = padded.index_put((frame_mask.flatten().nonzero().squeeze(1),), features)
-        features = features.unflatten(0, frame_mask.shape)
-        tokens, deltas = self.compress(features, frame_mask)
+        frame_mask = _real_frames(frame_mask, pixel_values_videos, video_features)
+        encoded = BaseModelOutput()
+        if video_features is None:
+            is_padded = not bool(frame_mask.all())
+            frames = pixel_values_videos.flatten(0, 1)
+            if is_padded:
+                frames = frames[frame_mask.flatten().to(frames.device)]
+            encoded = self.encode_frames(frames, vision_feature_layer, vision_batch_size, **kwargs)
+            video_features = encoded.last_hidden_state
+            if is_padded:
+                padded = video_features.new_zeros(frame_mask.numel(), *video_features.shape[1:])
+                places = frame_mask.flatten().nonzero().squeeze(1).to(padded.device)
+                video_features = padded.index_put((places,), video_features)
+            video_features = video_features.unflatten(0, frame_mask.shape)
+        tokens, deltas = self.compress(video_features, frame_mask)
+        frame_mask = frame_mask.to(tokens.device)
 
         if keep_frames is None or isinstance(keep_frames, int):
             keep_frames = [keep_frames] * len(tokens)
@@ -341,7 +362,12 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         return {} if not delta_threshold or num_frames <= min_frames else {"threshold": delta_threshold}
 
     def encode_videos(
-        self, placeholders: Tensor, pixel_values_videos: Tensor, frame_mask: Tensor | None = None, **kwargs: Any
+        self,
+        placeholders: Tensor,
+        pixel_values_videos: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        video_features: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[MambaMiaFeaturesOutput, Tensor]:
         """Features of the videos of a prompt, with the number of frames to keep read off the prompt's placeholders.
 
@@ -350,7 +376,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
 
         Args:
             placeholders (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the video tokens stand.
-            pixel_values_videos, frame_mask, kwargs: as in `get_video_features`.
+            pixel_values_videos, frame_mask, video_features, kwargs: as in `get_video_features`.
 
         Returns:
             The features, and `(batch_size, sequence_length)`, True for the tokens of the prompt that stay.
@@ -358,8 +384,12 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         Raises:
             ValueError: if the placeholders of a video are not the tokens of a whole number of its frames.
         """
-        num_frame_tokens = self.config.frame_tokens(*pixel_values_videos.shape[-2:])
-        frame_mask = _real_frames(pixel_values_videos, frame_mask)
+        frame_mask = _real_frames(frame_mask, pixel_values_videos, video_features)
+        if video_features is None:
+            num_frame_tokens = self.config.frame_tokens(*pixel_values_videos.shape[-2:])
+        else:
+            num_anchors = self.config.compressor_config.num_anchors(video_features.shape[2])
+            num_frame_tokens = num_anchors + self.config.end_of_frame
         lengths = frame_mask.sum(dim=1).tolist()
         counts = _placeholder_runs(placeholders)
         if len(counts) != len(lengths) and sum(counts) == num_frame_tokens * sum(lengths):
@@ -379,7 +409,12 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 )
             keep_frames.append(None if count == length * num_frame_tokens else count // num_frame_tokens)
         features = self.get_video_features(
-            pixel_values_videos, frame_mask, keep_frames=keep_frames, return_dict=True, **kwargs
+            pixel_values_videos,
+            frame_mask,
+            keep_frames=keep_frames,
+            video_features=video_features,
+            return_dict=True,
+            **kwargs,
         )
         # A run sized for the frames to keep stays whole; a full one loses the places of the frames that were dropped.
         staying = []
@@ -389,6 +424,13 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         keep = torch.ones_like(placeholders)
         keep[placeholders] = torch.cat(staying).to(keep.device)
         return features, keep
+
+    def _zero_of_compressor(self) -> Tensor:
+        """Zero, with a gradient of zero for the compressor: where several processes train, each has to have one, also
+        with a batch of text alone."""
+        config = self.config.compressor_config
+        tokens, _ = self.compress(torch.zeros(1, 1, config.patches_per_anchor, config.input_size))
+        return 0.0 * tokens.sum()
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_id: int) -> Tensor:
         """`(batch_size, sequence_length)`, True where the prompt holds the placeholder `token_id`."""
@@ -411,6 +453,8 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         delta_threshold: float | None = None,
@@ -424,6 +468,9 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 The prompt, with one placeholder a token of its images and videos; see `encode_videos` for how many.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): images, in order.
             pixel_values_videos, frame_mask: the videos, in order; see `get_video_features`.
+            image_features (`torch.FloatTensor` of shape `(num_images, num_patches, vision_size)`),
+            video_features (`torch.FloatTensor` of shape `(num_videos, num_frames, num_patches, vision_size)`):
+                The vision tower's features, computed before, in place of `pixel_values` and `pixel_values_videos`.
             vision_feature_layer, vision_batch_size, delta_threshold, delta_min_frames: see `get_video_features`.
             mm_encoder_outputs (`dict`, *optional*): outputs of `get_image_features` and `get_video_features` under
                 "image" and "video", in place of pixels; the prompt holds just their tokens.
@@ -442,13 +489,16 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             # Placeholders may be numbered beyond the vocabulary; what stands there is replaced.
             beyond = (image_tokens | video_tokens) & (input_ids >= self.get_input_embeddings().num_embeddings)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(beyond, 0))
-        if pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values, return_dict=True, **vision)
-        if pixel_values_videos is not None:
+        if pixel_values is not None or image_features is not None:
+            encoded["image"] = self.get_image_features(
+                pixel_values, image_features=image_features, return_dict=True, **vision
+            )
+        if pixel_values_videos is not None or video_features is not None:
             encoded["video"], keep = self.encode_videos(
                 video_tokens,
                 pixel_values_videos,
                 frame_mask,
+                video_features,
                 delta_threshold=delta_threshold,
                 delta_min_frames=delta_min_frames,
                 **vision,
@@ -465,6 +515,9 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                     position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -token_indices.shape[1] :]
                 else:
                     position_ids = _take_tokens(position_ids, token_indices, 0)
+
+        if not encoded and self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._zero_of_compressor()
 
         hidden_states = {}
         for modality, tokens in (("image", image_tokens), ("video", video_tokens)):
@@ -531,6 +584,62 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | os.PathLike,
+        text: str | os.PathLike,
+        dtype: str | torch.dtype = torch.float32,
+        **compressor_kwargs: Any,
+    ) -> "MambaMiaForConditionalGeneration":
+        r"""A model to train: a pretrained vision tower and a pretrained language model, and a new compressor between.
+
+        Its processor is made by [`MambaMiaProcessor.from_vision_text_pretrained`].
+
+        ```python
+        >>> model = MambaMiaForConditionalGeneration.from_vision_text_pretrained(vision, text, hidden_size=1024)
+        >>> processor = MambaMiaProcessor.from_vision_text_pretrained(vision, text, model.config)
+        ```
+
+        Args:
+            vision: folder or Hub name of a vision tower, or of a model of images and text that has one, as CLIP.
+            text: folder or Hub name of a causal language model. Tokens that its tokenizer lacks are added.
+            dtype: type of all weights.
+            compressor_kwargs: of [`MambaMiaCompressorConfig`]. By default there is one anchor for each row of the
+                tower's patches; the input and output sizes are those of the two models.
+        """
+        config = AutoConfig.from_pretrained(vision)
+        vision_config = getattr(config, "vision_config", config)
+        if hasattr(vision_config, "vision_use_head"):
+            vision_config.vision_use_head = False  # SigLIP's pooling, which nothing reads
+        tower = AutoModel.from_pretrained(vision, config=config, dtype=dtype)
+        tower = getattr(tower, "vision_model", tower)
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        tokenizer = load_tokenizer(text)
+        if len(tokenizer) > language_model.config.vocab_size:
+            language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        language_model.config.pad_token_id = tokenizer.pad_token_id
+
+        config = MambaMiaConfig(
+            vision_config=tower.config,
+            text_config=language_model.config,
+            compressor_config={"patches_per_anchor": 1, **compressor_kwargs},
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        )
+        if "patches_per_anchor" not in compressor_kwargs:
+            _, config.compressor_config.patches_per_anchor = config.patch_grid()
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.vision_tower = tower
+        model.model.language_model = language_model.base_model
+        model.model.compressor = MambaMiaCompressor(config.compressor_config).to(tower.dtype)
+        model.lm_head = language_model.get_output_embeddings()
+        model.generation_config = language_model.generation_config
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -540,11 +649,13 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MambaMiaFeaturesOutput | tuple:
+    def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> MambaMiaFeaturesOutput | tuple:
         """See [`MambaMiaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> MambaMiaFeaturesOutput | tuple:
+    def get_video_features(
+        self, pixel_values_videos: Tensor | None = None, **kwargs: Any
+    ) -> MambaMiaFeaturesOutput | tuple:
         """See [`MambaMiaModel.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)
 
@@ -562,6 +673,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         delta_threshold: float | None = None,
@@ -588,6 +701,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            image_features=image_features,
+            video_features=video_features,
             vision_feature_layer=vision_feature_layer,
             vision_batch_size=vision_batch_size,
             delta_threshold=delta_threshold,
@@ -602,6 +717,10 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if labels is not None:
             if outputs.token_indices is not None:
                 labels = _take_tokens(labels, outputs.token_indices, -100)
+            if kwargs.get("num_items_in_batch") is None:
+                kwargs["num_items_in_batch"] = (labels[:, 1:] != -100).sum()
+            # Without anything to learn the loss is zero, not zero by zero.
+            kwargs["num_items_in_batch"] = torch.as_tensor(kwargs["num_items_in_batch"]).clamp(min=1)
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return MambaMiaCausalLMOutputWithPast(
             loss=loss, logits=logits, **{key: value for key, value in outputs.items() if key != "last_hidden_state"}
@@ -622,8 +741,14 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         starts with the prompt as it was given. Length limits count the prompt as it was given, too.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        videos = kwargs.pop("pixel_values_videos", None)
-        if videos is None:
+        image_features = kwargs.pop("image_features", None)
+        if image_features is not None:
+            images = self.model.get_image_features(
+                kwargs.pop("pixel_values", None), image_features=image_features, return_dict=True
+            )
+            kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "image": images}
+        videos = {name: kwargs.pop(name, None) for name in ("pixel_values_videos", "video_features")}
+        if all(video is None for video in videos.values()):
             return super().generate(
                 input_ids, generation_config=generation_config, streamer=streamer, **_without_video_arguments(kwargs)
             )
@@ -631,7 +756,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         placeholders = self.model.get_placeholder_mask(input_ids, embeds, self.config.video_token_id)
         arguments = {name: kwargs.pop(name) for name in _VIDEO_ARGUMENTS if name in kwargs}
         vision = {name: kwargs[name] for name in _VISION_ARGUMENTS if name in kwargs}
-        features, keep = self.model.encode_videos(placeholders, videos, **arguments, **vision)
+        features, keep = self.model.encode_videos(placeholders, **videos, **arguments, **vision)
         kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "video": features}
         if keep.all():
             return super().generate(input_ids, generation_config=generation_config, streamer=streamer, **kwargs)
@@ -696,18 +821,40 @@ class _PromptStreamer(BaseStreamer):
         self.streamer.end()
 
 
-def _real_frames(pixel_values_videos: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """`frame_mask` as booleans, all True where it is None."""
-    if pixel_values_videos.ndim != 5:
+# What the tensors of media hold along their dimensions.
+_MEDIA_SHAPES = {
+    "pixel_values": "(num_images, channels, height, width)",
+    "image_features": "(num_images, num_patches, vision_size)",
+    "pixel_values_videos": "(num_videos, num_frames, channels, height, width)",
+    "video_features": "(num_videos, num_frames, num_patches, vision_size)",
+}
+
+
+def _given_media(**media: Tensor | None) -> Tensor:
+    """The one tensor that is given of pixels and features in their place."""
+    given = [name for name, tensor in media.items() if tensor is not None]
+    if len(given) != 1:
+        raise ValueError(f"Give exactly one of {' and '.join(media)}, not {' and '.join(given) or 'none'}.")
+    (name,) = given
+    expected = _MEDIA_SHAPES[name]
+    if media[name].ndim != expected.count(",") + 1:
         raise ValueError(
-            f"pixel_values_videos must be (num_videos, num_frames, channels, height, width), not "
-            f"{tuple(pixel_values_videos.shape)}; images go into pixel_values."
+            f"{name} must be {expected}, not {tuple(media[name].shape)}; images go into pixel_values or "
+            f"image_features, videos into pixel_values_videos or video_features."
         )
+    return media[name]
+
+
+def _real_frames(
+    frame_mask: Tensor | None, pixel_values_videos: Tensor | None, video_features: Tensor | None
+) -> Tensor:
+    """`frame_mask` as booleans, all True where it is None."""
+    videos = _given_media(pixel_values_videos=pixel_values_videos, video_features=video_features)
     if frame_mask is None:
-        return torch.ones(pixel_values_videos.shape[:2], dtype=torch.bool)
-    if frame_mask.shape != pixel_values_videos.shape[:2]:
+        return torch.ones(videos.shape[:2], dtype=torch.bool)
+    if frame_mask.shape != videos.shape[:2]:
         raise ValueError(
-            f"frame_mask must be (num_videos, num_frames), {tuple(pixel_values_videos.shape[:2])} here, not "
+            f"frame_mask must be (num_videos, num_frames), {tuple(videos.shape[:2])} here, not "
             f"{tuple(frame_mask.shape)}."
         )
     return frame_mask.bool()

@@ -1,15 +1,18 @@
 """Processor of MambaMia: joins tokenizer, image processor and video processor, and makes room for the video tokens."""
 
+import math
 import os
 
+from transformers import AutoImageProcessor, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput
 
-from .configuration_mambamia import num_kept_frames
-from .video_processing_mambamia import MambaMiaVideoProcessorKwargs
+from .configuration_mambamia import MambaMiaConfig, num_kept_frames
+from .tokenization_mambamia import load_tokenizer
+from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs
 
 
 # The dialogue format of Qwen2. What the assistant says, its end mark included, is marked as such for training.
@@ -119,6 +122,35 @@ class MambaMiaProcessor(ProcessorMixin):
             chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
         )
 
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str | os.PathLike, text: str | os.PathLike, config: MambaMiaConfig
+    ) -> "MambaMiaProcessor":
+        """The processor to go with [`MambaMiaForConditionalGeneration.from_vision_text_pretrained`].
+
+        Images and frames are resized to the vision tower's own size as a whole, without cropping, and normalised as
+        its image processor does.
+
+        Args:
+            vision: folder or Hub name of the vision tower, as given to the model.
+            text: folder or Hub name of the language model, as given to the model.
+            config: of the model.
+        """
+        tower = config.vision_config
+        # SigLIP2 that takes any size is trained on so many patches.
+        size = getattr(tower, "image_size", None) or math.isqrt(tower.num_patches) * tower.patch_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        given = AutoImageProcessor.from_pretrained(vision)
+        names = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        settings = {name: getattr(given, name) for name in names}
+        settings["size"] = {"height": height, "width": width}
+        return cls(
+            image_processor=SiglipImageProcessor(**settings),
+            tokenizer=load_tokenizer(text),
+            video_processor=MambaMiaVideoProcessor(**settings),
+            num_frame_tokens=config.num_frame_tokens,
+        )
+
     def prepare_inputs_layout(
         self,
         images: ImageInput | None = None,
@@ -192,9 +224,12 @@ class MambaMiaProcessor(ProcessorMixin):
         **kwargs,
     ) -> str:
         num_frames = int(video_inputs["frame_mask"][video_idx].sum())
-        return self.video_token * self._num_video_tokens(num_frames, keep_frames, keep_ratio)
+        return self.video_token * self.num_video_tokens(num_frames, keep_frames, keep_ratio)
 
-    def _num_video_tokens(self, num_frames: int, keep_frames: int | None, keep_ratio: float | None) -> int:
+    def num_video_tokens(
+        self, num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None
+    ) -> int:
+        """Placeholders of a video of so many frames, with a budget of this call or else of this processor."""
         if keep_frames is None and keep_ratio is None:
             keep_frames, keep_ratio = self.keep_frames, self.keep_ratio
         return num_kept_frames(num_frames, keep_frames, keep_ratio) * self.num_frame_tokens
@@ -214,9 +249,7 @@ class MambaMiaProcessor(ProcessorMixin):
             data["num_image_tokens"] = [self.num_frame_tokens] * len(image_sizes)
             data["num_image_patches"] = [1] * len(image_sizes)
         if video_sizes is not None:
-            data["num_video_tokens"] = [
-                self._num_video_tokens(num_frames, *budget) for num_frames, _, _ in video_sizes
-            ]
+            data["num_video_tokens"] = [self.num_video_tokens(num_frames, *budget) for num_frames, _, _ in video_sizes]
         return MultiModalData(**data)
 
 

@@ -1,0 +1,110 @@
+"""Two CPU processes over gloo, started by `accelerate launch` with the configs that come along, train as one does."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from tiny_model import tiny_model, tiny_processor
+from transformers import AutoModelForImageTextToText
+from video_files import write_video
+
+
+EXAMPLES = Path(train.__file__).parent
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model without dropout, media, and records such that the processes get very different batches."""
+    folder = tmp_path_factory.mktemp("distributed")
+    processor = tiny_processor()
+    model = tiny_model(
+        text_config={"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id},
+        compressor_config={"gpa_dropout": 0.0},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_batch_size=2,  # so that the number of calls of the tower depends on the videos
+    )
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for number in range(3):
+        write_video(folder / f"{number}.mp4", num_frames=10 + 20 * number)
+    (folder / "broken.mp4").write_bytes(b"no video at all")
+    videos = [
+        {"id": f"video{n}", "video": f"{n}.mp4", "conversations": turns("<video>\nWhat?", "A " + "b" * 3 * n)}
+        for n in range(3)
+    ]
+    texts = [{"id": f"text{n}", "conversations": turns("Hello " * n, "Hi" * n)} for n in range(1, 4)]
+    broken = {"id": "broken", "video": "broken.mp4", "conversations": turns("<video>\nWhat?", "Nothing.")}
+    # A process has 2 of every 4. In the first step one has videos and the other text; in the second one has nothing.
+    records = [videos[0], videos[2], texts[0], texts[2], broken, broken, videos[1], texts[1]]
+    (folder / "data.json").write_text(json.dumps(2 * records))
+    return folder
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def arguments(folder: Path, output: Path, batch_size: int) -> list[str]:
+    settings = {
+        "stage": "video",
+        "model": folder / "model",
+        "data": folder / "data.json",
+        "media_folder": folder,
+        "output_dir": output,
+        "learning_rate": 1e-3,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": batch_size,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Path:
+    """What one process trains with the same global batch."""
+    train.main(arguments(folder, folder / "alone", batch_size=4))
+    return folder / "alone"
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(folder, alone, config, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
+    command += ["--config_file", EXAMPLES / "configs" / f"{config}.yaml"]
+    command += [Path(__file__).parent / "fsdp_on_cpu.py", EXAMPLES / "train.py", *arguments(folder, tmp_path, 2)]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-8000:]
+
+    assert len(losses(alone)) == STEPS
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
+    assert len(set(losses(alone))) == STEPS
+    assert "1 samples were skipped" in result.stdout
+    assert len(list(tmp_path.glob("samples_*.jsonl"))) >= 1
+
+    # One process loads what two have written, in full, and it is what one has trained.
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    before = AutoModelForImageTextToText.from_pretrained(folder / "model").state_dict()
+    for name, tensor in AutoModelForImageTextToText.from_pretrained(alone).state_dict().items():
+        change = (tensor - before[name]).abs().max()
+        assert (loaded.state_dict()[name] - tensor).abs().max() <= 0.05 * change + 1e-6, name
+    assert torch.isfinite(loaded(torch.tensor([[5, 7, 11]])).logits).all()
