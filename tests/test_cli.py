@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    return write_needle_video(tmp_path_factory.mktemp("video") / "video.mp4", 3, duration=8.0, size=(64, 96)).path
+    return write_needle_video(tmp_path_factory.mktemp("video") / "video.mp4", 0, duration=8.0, size=(64, 96)).path
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,33 @@
-"""Needle videos: H.264 files of moving texture in which a bright glyph shows up for a short time.
+"""Needle videos: H.264 files in which bright glyphs show up for a short time, with questions whose answers are known.
 
-A video is planned from its seed alone (`NeedleVideo`), rendered frame by frame and encoded. What is shown when and
-where is therefore known exactly, and the same seed gives the same video again. Background and needles draw from
+A video is planned from its seed alone (`NeedleVideo`), rendered and encoded. What is shown when and where is therefore
+known exactly, and the same seed gives the same video again. There are three tasks: which glyph appears (retrieval), in
+which order three of them appear (ordering), and how often one appears (counting). Background and needles draw from
 separate random streams: a plan without its needles (`dataclasses.replace(video, needles=[])`) renders the same
 background.
+
+Long videos have a few thousand different pictures at most, each shown for several frames: files of an hour are then
+quick to make and small at any frame rate.
 """
 
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import permutations
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from .scenery import Planes, Stamp, render_clip, render_scenes, to_frame, to_image
+
+
+TASKS = ("retrieval", "ordering", "counting")
+SPLITS = ("train", "test")
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "diamond", "ring")
 DIGITS = tuple("0123456789")
@@ -57,16 +68,46 @@ QUESTIONS = {
     ],
 }
 
-# A needle is visible when it lasts as long as the gap between two sampled frames: at most 2 a second, here 64 in all.
+# Multiple choice, the plainest wording first.
+CHOICE_QUESTIONS = {
+    "retrieval": [
+        "What appears in the {medium}?",
+        "Which symbol appears in the {medium}?",
+        "Which symbol is shown in the {medium}?",
+        "Which of these can be seen in the {medium}?",
+        "What shows up in the {medium}?",
+    ],
+    "ordering": [
+        "In which order do the symbols appear in the {medium}?",
+        "In what order are the symbols shown in the {medium}?",
+        "What is the order of the symbols in the {medium}?",
+        "Which order do the symbols in the {medium} have?",
+        "In which order do the symbols show up in the {medium}?",
+    ],
+    "counting": [
+        "How many times does the {value} appear in the {medium}?",
+        "How many times is the {value} shown in the {medium}?",
+        "How often does the {value} appear in the {medium}?",
+        "How often is the {value} shown in the {medium}?",
+        "How many times can the {value} be seen in the {medium}?",
+    ],
+}
+NUM_ORDERED = 3
+MAX_COUNT = 4
+NUM_OPTIONS = 4
+
+# A model is taken to sample at most this many frames a second, evenly over the video.
 SAMPLES_PER_SECOND = 2.0
-SAMPLES_PER_VIDEO = 64
 
 NEEDLE_SIZES = (0.30, 0.45)  # of the frame's shorter side
+# Needles are centred on points of a lattice with this many steps a side. As on a checkerboard, "train" takes the black
+# points and "test" the white ones.
+LATTICE = 48
 OUTLINE = 0.06  # of the needle's size, drawn around it
 SUPERSAMPLE = 4
 
-SOFT_PATTERNS = ("gradient", "noise", "grain", "blobs")
-LINE_PATTERNS = ("stripes", "checks")
+MAX_PICTURES = 1800  # rendered for a long video, or as many as there are sampled frames
+MAX_FILE_BYTES = 20e6  # of the pictures of a video
 
 
 @dataclass(frozen=True)
@@ -93,61 +134,100 @@ class Needle:
 class NeedleVideo:
     """The plan of a video and its ground truth: everything that is needed to render it again.
 
-    `size` is (height, width) in pixels, `fps` the file's frame rate, `path` the file once it is written.
+    `total_num_frames` is the length of the file in frames, `fps` its frame rate, `size` (height, width) in pixels.
+    `needles` are in the order in which they appear. Every picture is shown for `frames_per_picture` frames.
+    `background` is a video file, or None for a background made from the seed. `path` is the file once it is written.
     """
 
     seed: int
-    num_frames: int
+    total_num_frames: int
     fps: float
     size: tuple[int, int]
     needles: list[Needle]
     path: Path | None = None
+    task: str = "retrieval"
+    split: str = "train"
+    frames_per_picture: int = 1
+    background: Path | None = None
 
     @property
     def duration(self) -> float:
         """Length in seconds."""
-        return self.num_frames / self.fps
+        return self.total_num_frames / self.fps
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, the options to choose from and the right one, in words."""
+
+    text: str
+    options: tuple[str, ...]
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """The question with its options: what a model is asked."""
+        return f"{self.text} Options: {'; '.join(self.options)}." if self.options else self.text
 
 
 def write_needle_video(
     path: str | os.PathLike,
     seed: int,
     *,
+    task: str = "retrieval",
+    split: str = "train",
     duration: float = 32.0,
     fps: float = 2.0,
     size: tuple[int, int] = (128, 128),
+    num_frames: int = 384,
     needle_seconds: float | None = None,
+    background: str | os.PathLike | None = None,
 ) -> NeedleVideo:
-    """Write an MP4 file (H.264) with one needle in it and return its ground truth.
+    """Write an MP4 file (H.264) with the needles of a task in it and return its ground truth.
 
     The file appears under its name only when it is complete.
 
     Args:
         path: the file to write.
-        seed: non-negative; decides background, needle, time and place.
+        seed: non-negative; decides background, needles, times and places.
+        task: "retrieval" (one needle), "ordering" (three of different values, one after another) or "counting" (one
+            value, one to four times).
+        split: "train" or "test". The two share neither backgrounds nor the places of needles.
         duration: length in seconds.
         fps: the file's frame rate.
         size: (height, width) in pixels, even numbers.
-        needle_seconds: how long the needle is shown, rounded up to whole frames. By default one to three times the gap
-            between sampled frames, for a sampling at 2 frames a second and at most 64 frames.
+        num_frames: how many frames a model samples at most, beside at most 2 a second. Every needle is shown in at
+            least one sampled frame, and at least two without any lie between needles (one, where time is short).
+        needle_seconds: how long a needle is shown, rounded up to whole pictures. By default one to three times the
+            gap between sampled frames, in counting one or two; less than one is an error.
+        background: a video file to show behind the needles, cropped and resized, from a random point on and in a loop
+            where it is shorter. Use other files for other splits. By default moving textures that the seed decides.
 
     Raises:
-        ValueError: for a setting that no video can have.
+        ValueError: for a setting that no video can have, or a background that cannot be read.
+        FileNotFoundError: if there is no file `background`.
     """
     path = Path(path)
-    video = _plan(seed, duration, fps, size, needle_seconds, path)
-    _encode(path, render_frames(video), video)
+    video = _plan(path, seed, task, split, duration, fps, size, num_frames, needle_seconds, background)
+    _encode(video)
     return video
 
 
-def needle_image(seed: int, size: tuple[int, int] = (128, 128)) -> tuple[Image.Image, Needle]:
-    """A still of `size` (height, width) with a needle in it, and that needle. Deterministic in `seed`."""
-    video = _plan(seed, 1.0, 1.0, size, 1.0, None)
+def needle_image(
+    seed: int, size: tuple[int, int] = (128, 128), split: str = "train", blank: bool = False
+) -> tuple[Image.Image, Needle | None]:
+    """A still of `size` (height, width) with a needle in it, and that needle; none of either with `blank`.
+
+    Deterministic in `seed` and `split`.
+    """
+    video = _plan(None, seed, "retrieval", split, 1.0, 1.0, size, 1, None, None)
+    if blank:
+        return next(render_frames(replace(video, needles=[]))), None
     return next(render_frames(video)), video.needles[0]
 
 
 def questions(video: NeedleVideo) -> list[tuple[str, str]]:
-    """Every question about a video of one needle, in all its wordings, with its answer (one lowercase word)."""
+    """Every open question about a video of one needle, in all its wordings, with its answer (one lowercase word)."""
     if len(video.needles) != 1:
         raise ValueError(
             f"questions are about a video of one needle, this one has {len(video.needles)}; give one needle."
@@ -156,51 +236,69 @@ def questions(video: NeedleVideo) -> list[tuple[str, str]]:
 
 
 def needle_questions(needle: Needle, medium: str) -> list[tuple[str, str]]:
-    """The questions about `needle` in a "video" or an "image": those about what it is, then those about its colour."""
+    """The open questions about `needle` in a "video" or an "image": what it is, then those about its colour."""
     asked = [(wording, needle.value) for wording in QUESTIONS[needle.kind]]
     asked += [(wording, needle.colour) for wording in QUESTIONS["colour"]]
     return [(wording.format(medium=medium, kind=needle.kind), answer) for wording, answer in asked]
 
 
+def multiple_choice(video: NeedleVideo, seed: int) -> Question:
+    """The question of the video's task, with four options; `seed` decides on wording and options."""
+    rng = _rng(seed, video.split, _CHOICE, video.seed)
+    values = [needle.value for needle in video.needles]
+    if video.task == "retrieval":
+        return _retrieval_question(values[0], "video", rng)
+    text = str(rng.choice(CHOICE_QUESTIONS[video.task])).format(medium="video", value=values[0])
+    if video.task == "counting":
+        return Question(text, tuple(str(count) for count in range(1, MAX_COUNT + 1)), str(len(values)))
+    wrong = [" ".join(order) for order in permutations(values) if list(order) != values]
+    return _shuffled(text, " ".join(values), wrong, rng)
+
+
+def needle_multiple_choice(needle: Needle, medium: str, seed: int) -> Question:
+    """Which of four symbols `needle` in a "video" or an "image" is; `seed` decides on wording and options."""
+    return _retrieval_question(needle.value, medium, _rng(seed, "train", _CHOICE))
+
+
 def render_frames(video: NeedleVideo) -> Iterator[Image.Image]:
     """The frames of `video` in order, RGB, before encoding."""
-    glyphs = [(needle, _glyph(needle, min(video.size))) for needle in video.needles]
-    shots = _shots(video)
-    shot_end = 0.0
-    for index in range(video.num_frames):
-        time = index / video.fps
-        if time >= shot_end:
-            shot, shot_end = next((shot, end) for shot, end in shots if time < end)
-            scene = Scene(_rng(video.seed, _SCENE, shot), video.size)
-        frame = scene.render(time)
-        for needle, glyph in glyphs:
-            # Half a frame of slack keeps rounding of the times from moving an edge by a frame.
-            if needle.start <= time + 0.5 / video.fps < needle.start + needle.duration:
-                left = round(needle.x * video.size[1] - glyph.width / 2)
-                top = round(needle.y * video.size[0] - glyph.height / 2)
-                frame.paste(glyph, (left, top), glyph)
-        yield frame
+    left = video.total_num_frames
+    for planes in _render_pictures(video):
+        yield from [to_image(planes)] * min(video.frames_per_picture, left)
+        left -= video.frames_per_picture
 
 
 # --- Planning
 
-_NEEDLE, _CUTS, _SCENE = range(3)  # random streams of one seed
+_NEEDLES, _SCENES, _CLIP, _CHOICE = range(4)  # random streams of one seed
 
 
-def _rng(seed: int, stream: int, index: int = 0) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
+def _seeds(seed: int, split: str, stream: int, index: int = 0) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), stream, index))
+
+
+def _rng(seed: int, split: str, stream: int, index: int = 0) -> np.random.Generator:
+    return np.random.default_rng(_seeds(seed, split, stream, index))
 
 
 def _plan(
+    path: Path | None,
     seed: int,
+    task: str,
+    split: str,
     duration: float,
     fps: float,
     size: tuple[int, int],
+    num_frames: int,
     needle_seconds: float | None,
-    path: Path | None,
+    background: str | os.PathLike | None,
 ) -> NeedleVideo:
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}; give 0 or more.")
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got '{task}'; give one of these.")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got '{split}'; give one of these.")
     if not 0 < fps <= 240:
         raise ValueError(f"fps must be above 0 and at most 240, got {fps}; give the file's frames per second.")
     if not (math.isfinite(duration) and round(duration * fps) >= 1):
@@ -209,164 +307,129 @@ def _plan(
         raise ValueError(
             f"size must be (height, width), both even and at least 32, got {tuple(size)}; give e.g. (128, 128)."
         )
-    num_frames = round(duration * fps)
-    rng = _rng(seed, _NEEDLE)
-    if needle_seconds is None:
-        gap = max(duration / SAMPLES_PER_VIDEO, 1 / SAMPLES_PER_SECOND)
-        needle_seconds = min(gap * int(rng.integers(1, 4)), duration)
-    if not 0 < needle_seconds <= duration:
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}; give how many frames a model samples.")
+    if needle_seconds is not None and not 0 < needle_seconds <= duration:
         raise ValueError(
             f"needle_seconds must be above 0 and at most the duration ({duration} s), got {needle_seconds}; "
-            "leave it out for a needle that sampling meets."
+            "leave it out for needles that sampling meets."
         )
-    needle_frames = min(math.ceil(round(needle_seconds * fps, 6)), num_frames)
-    start_frame = int(rng.integers(num_frames - needle_frames + 1))
-    needle = _random_needle(rng, size, start_frame / fps, needle_frames / fps)
-    return NeedleVideo(seed, num_frames, float(fps), tuple(size), [needle], path)
+    rng = _rng(seed, split, _NEEDLES, TASKS.index(task))
+    total = round(duration * fps)
+    samples = min(total, num_frames, max(1, int(total / fps * SAMPLES_PER_SECOND + 1e-3)))
+    if needle_seconds is not None and needle_seconds < total / fps / samples - 1e-6:
+        raise ValueError(
+            f"needle_seconds is {needle_seconds}, but {samples} frames sampled from {duration} s lie "
+            f"{total / fps / samples:.3g} s apart; give at least that, or a larger num_frames."
+        )
+    frames_per_picture = min(math.ceil(total / MAX_PICTURES), total // samples)
+    period = frames_per_picture / fps
+    num_pictures = total // frames_per_picture
+    gap = math.ceil(total / samples / frames_per_picture - 1e-6)  # pictures from one sampled frame to the next
+    if task == "retrieval":
+        values = [_random_value(rng)]
+    elif task == "ordering":
+        values = [str(value) for value in rng.choice(SHAPES + DIGITS, NUM_ORDERED, replace=False)]
+    else:
+        values = [_random_value(rng)] * int(rng.integers(1, MAX_COUNT + 1))
+    count = MAX_COUNT if task == "counting" else len(values)  # room for four, so that every count is as likely
+    shortest = gap if needle_seconds is None else min(math.ceil(round(needle_seconds / period, 6)), num_pictures)
+    between = 2 * gap if count * shortest + (count - 1) * 2 * gap <= num_pictures else gap
+    room = num_pictures - (count - 1) * between
+    if count * shortest > room:
+        raise ValueError(
+            f"{duration} s with {samples} sampled frames have no room for {count} needles, as {task} needs; give a "
+            "longer duration, a larger num_frames or a shorter needle_seconds."
+        )
+    if needle_seconds is None:
+        longest = min(2 if task == "counting" else 3, room // count // gap)
+        lengths = gap * rng.integers(1, longest + 1, len(values))
+    else:
+        lengths = np.full(len(values), shortest)
+    free = num_pictures - int(lengths.sum()) - (len(values) - 1) * between
+    starts = np.sort(rng.integers(0, free + 1, len(values)))
+    starts[1:] += np.cumsum(lengths[:-1] + between)
+    needles = [
+        _random_needle(rng, value, split, size, start * period, length * period)
+        for value, start, length in zip(values, starts.tolist(), lengths.tolist(), strict=True)
+    ]
+    return NeedleVideo(
+        seed=seed,
+        total_num_frames=total,
+        fps=float(fps),
+        size=tuple(size),
+        needles=needles,
+        path=path,
+        task=task,
+        split=split,
+        frames_per_picture=frames_per_picture,
+        background=None if background is None else Path(background),
+    )
 
 
-def _random_needle(rng: np.random.Generator, size: tuple[int, int], start: float, duration: float) -> Needle:
-    kind = ("shape", "digit")[rng.integers(2)]
-    value = str(rng.choice(SHAPES if kind == "shape" else DIGITS))
-    colour = str(rng.choice(list(COLOURS)))
+def _random_value(rng: np.random.Generator) -> str:
+    return str(rng.choice((SHAPES, DIGITS)[rng.integers(2)]))
+
+
+def _random_needle(
+    rng: np.random.Generator, value: str, split: str, size: tuple[int, int], start: float, duration: float
+) -> Needle:
     extent = rng.uniform(*NEEDLE_SIZES)
     # The whole glyph with its outline stays inside the frame.
-    margin_y, margin_x = (0.5 * extent * (1 + 2 * OUTLINE) * min(size) / side for side in size)
-    x, y = rng.uniform(margin_x, 1 - margin_x), rng.uniform(margin_y, 1 - margin_y)
-    return Needle(kind, value, colour, start, duration, float(x), float(y), float(extent), bool(rng.random() < 0.5))
+    margin_y, margin_x = (math.ceil(0.5 * extent * (1 + 2 * OUTLINE) * min(size) / side * LATTICE) for side in size)
+    column = int(rng.integers(margin_x, LATTICE - margin_x + 1))
+    rows = np.arange(margin_y, LATTICE - margin_y + 1)
+    row = int(rng.choice(rows[(rows + column) % 2 == SPLITS.index(split)]))
+    return Needle(
+        kind="shape" if value in SHAPES else "digit",
+        value=value,
+        colour=str(rng.choice(list(COLOURS))),
+        start=start,
+        duration=duration,
+        x=column / LATTICE,
+        y=row / LATTICE,
+        size=float(extent),
+        halo=bool(rng.random() < 0.5),
+    )
 
 
-def _shots(video: NeedleVideo) -> Iterator[tuple[int, float]]:
-    """(number, end in seconds) of every shot. A video is calm or busy: its mean shot is 2 s to half the video long."""
-    rng = _rng(video.seed, _CUTS)
-    mean = 2.0 * max(video.duration / 4, 1.0) ** rng.random()
-    end, shot = 0.0, 0
-    while True:
-        end += mean * rng.uniform(0.5, 1.5)
-        yield shot, end
-        shot += 1
+def _retrieval_question(value: str, medium: str, rng: np.random.Generator) -> Question:
+    text = str(rng.choice(CHOICE_QUESTIONS["retrieval"])).format(medium=medium)
+    return _shuffled(text, value, [other for other in SHAPES + DIGITS if other != value], rng)
 
 
-# --- Background
+def _shuffled(text: str, answer: str, wrong: list[str], rng: np.random.Generator) -> Question:
+    options = [answer, *rng.choice(wrong, NUM_OPTIONS - 1, replace=False)]
+    return Question(text, tuple(str(option) for option in rng.permutation(options)), answer)
 
 
-class Scene:
-    """One shot: a texture under a moving camera, at times a second one drifting in front of it, in changing light."""
-
-    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
-        self.layers = [Layer(_texture(rng, size), rng, size)]
-        if rng.random() < 0.4:
-            front = _texture(rng, size)
-            front.putalpha(_cloud_mask(rng, front.width))
-            self.layers.append(Layer(front, rng, size))
-        self.tint = rng.uniform(0.8, 1.1, 3)
-        self.light = Wave(rng, amplitude=rng.choice([0.05, 0.3]), seconds=(1.5, 20))
-
-    def render(self, time: float) -> Image.Image:
-        frame = self.layers[0].render(time)
-        for layer in self.layers[1:]:
-            front = layer.render(time)
-            frame.paste(front, mask=front.getchannel("A"))
-        gain = self.tint * (1 + self.light(time))
-        levels = np.clip(gain[:, None] * np.arange(256), 0, 255).astype(np.uint8)
-        return frame.point(levels.reshape(-1).tolist())
+# --- Pictures
 
 
-class Layer:
-    """A square texture larger than the frame, seen through a window that pans, zooms and sways over it."""
-
-    def __init__(self, texture: Image.Image, rng: np.random.Generator, size: tuple[int, int]):
-        self.texture, self.size = texture, size
-        reach = math.hypot(*size) / 2
-        self.scale = rng.uniform(0.55, 0.75)  # texture pixels a frame pixel; the zoom below adds at most a fifth
-        self.angle = rng.uniform(0, 2 * math.pi)
-        slack = texture.width / 2 - 1.2 * self.scale * reach - 1
-        self.pan_x, self.pan_y = (Wave(rng, amplitude=slack * rng.uniform(0.3, 0.7), seconds=(6, 40)) for _ in "xy")
-        self.zoom = Wave(rng, amplitude=rng.choice([0.02, 0.2]), seconds=(4, 30))
-        self.sway = Wave(rng, amplitude=rng.choice([0.02, 0.3]), seconds=(5, 40))
-
-    def render(self, time: float) -> Image.Image:
-        scale, angle = self.scale * (1 + self.zoom(time)), self.angle + self.sway(time)
-        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
-        (height, width), middle = self.size, self.texture.width / 2
-        left = middle + self.pan_x(time) - cos * width / 2 + sin * height / 2
-        top = middle + self.pan_y(time) - sin * width / 2 - cos * height / 2
-        window = (cos, -sin, left, sin, cos, top)
-        return self.texture.transform((width, height), Image.Transform.AFFINE, window, Image.Resampling.BILINEAR)
-
-
-class Wave:
-    """A sine in time, its period of `seconds` (low, high) and its phase random: motion that never leaves its range."""
-
-    def __init__(self, rng: np.random.Generator, amplitude: float, seconds: tuple[float, float]):
-        self.amplitude = amplitude
-        self.rate = 2 * math.pi / rng.uniform(*seconds)
-        self.phase = rng.uniform(0, 2 * math.pi)
-
-    def __call__(self, time: float) -> float:
-        return self.amplitude * math.sin(self.rate * time + self.phase)
-
-
-def _texture(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """A square RGB texture, large enough for the camera of a frame of `size`: one or two patterns in a few colours."""
-    side = math.ceil(1.3 * math.hypot(*size))
-    field = _pattern(rng, side, SOFT_PATTERNS + LINE_PATTERNS)
-    if rng.random() < 0.5:
-        # Lines over lines would draw cells and dots, so the second pattern is a soft one.
-        field = field + rng.uniform(0.2, 0.8) * _pattern(rng, side, SOFT_PATTERNS)
-    field = (field - field.min()) * (255 / np.ptp(field))
-    texture = Image.fromarray(field.astype(np.uint8))  # the pattern as palette indices
-    texture = Image.frombytes("P", texture.size, texture.tobytes())
-    texture.putpalette(_palette(rng).tobytes())
-    return texture.convert("RGB")
-
-
-def _palette(rng: np.random.Generator) -> np.ndarray:
-    """256 colours (256, 3) that run through two to four random ones, vivid or muted, dark or bright."""
-    stops = int(rng.integers(2, 5))
-    grey = rng.uniform(0, 255, (stops, 1))
-    colours = grey + rng.uniform(0.1, 1.0) * (rng.uniform(0, 255, (stops, 3)) - grey)
-    ramp = np.linspace(0, stops - 1, 256)
-    return np.stack([np.interp(ramp, range(stops), channel) for channel in colours.T], axis=1).astype(np.uint8)
-
-
-def _pattern(rng: np.random.Generator, side: int, kinds: tuple[str, ...]) -> np.ndarray:
-    """A random pattern (side, side) with values of order one. None draws figures that could pass for a needle."""
-    kind = rng.choice(kinds)
-    if kind == "noise":
-        return sum(_noise(rng, side, cells) * cells**-0.7 for cells in (3, 6, 12, 24)) * 2
-    if kind == "grain":
-        return _noise(rng, side, int(rng.integers(30, 90)))
-    if kind == "blobs":
-        return np.tanh(rng.uniform(3, 12) * (_noise(rng, side, int(rng.integers(2, 7)), stretch=3) - 0.5))
-    angle = rng.uniform(0, 2 * math.pi)
-    line = np.linspace(-1, 1, side, dtype=np.float32)
-    x = math.cos(angle) * line[None, :] + math.sin(angle) * line[:, None]
-    x += rng.uniform(0.05, 0.6) * _noise(rng, side, int(rng.integers(2, 6)))
-    if kind == "gradient":
-        return x
-    sharpness = rng.uniform(0.5, 6)
-    stripes = np.tanh(sharpness * np.sin(rng.uniform(10, 40) * x))
-    if kind == "stripes":
-        return stripes
-    # Checks are skewed, bent and longer than wide, so that no square or diamond comes out.
-    y = math.cos(angle + 0.9) * line[None, :] + math.sin(angle + 0.9) * line[:, None]
-    return stripes * np.tanh(sharpness * np.sin(rng.uniform(3, 5) * y))
-
-
-def _noise(rng: np.random.Generator, side: int, cells: int, stretch: int = 1) -> np.ndarray:
-    """Smooth noise (side, side) in about 0..1: `cells` bumps in its width, each `stretch` times wider than high."""
-    grid = Image.fromarray(rng.random((stretch * cells + 1, cells + 1), dtype=np.float32))
-    return np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC))
-
-
-def _cloud_mask(rng: np.random.Generator, side: int) -> Image.Image:
-    """An alpha channel (side, side) of soft patches."""
-    cover = 1 / (1 + np.exp(-rng.uniform(10, 30) * (_noise(rng, side, int(rng.integers(2, 5)), stretch=2) - 0.6)))
-    return Image.fromarray((255 * cover).astype(np.uint8))
+def _render_pictures(video: NeedleVideo) -> Iterator[Planes]:
+    """The different pictures of `video` in order."""
+    period = video.frames_per_picture / video.fps
+    times = period * np.arange(math.ceil(video.total_num_frames / video.frames_per_picture))
+    if video.background is None:
+        pictures = render_scenes(_seeds(video.seed, video.split, _SCENES), video.size, times)
+    else:
+        pictures = render_clip(video.background, _rng(video.seed, video.split, _CLIP), video.size, times)
+    stamps = [(needle, _stamp(needle, video.size)) for needle in video.needles]
+    for time, planes in zip(times, pictures, strict=True):
+        for needle, stamp in stamps:
+            # Half a picture of slack keeps rounding of the times from moving an edge by a picture.
+            if needle.start <= time + 0.5 * period < needle.start + needle.duration:
+                stamp.paste_onto(planes)
+        yield planes
 
 
 # --- Needles
+
+
+def _stamp(needle: Needle, size: tuple[int, int]) -> Stamp:
+    glyph = _glyph(needle, min(size))
+    left, top = round(needle.x * size[1] - glyph.width / 2), round(needle.y * size[0] - glyph.height / 2)
+    return Stamp(glyph, left, top)
 
 
 def _glyph(needle: Needle, shorter_side: int) -> Image.Image:
@@ -443,23 +506,70 @@ def _digit_mask(digit: str, height: int) -> Image.Image:
 # --- File
 
 
-def _encode(path: Path, frames: Iterator[Image.Image], video: NeedleVideo) -> None:
-    """Write `frames` as H.264 in MP4, under a temporary name beside `path` until the file is complete."""
+def _encode(video: NeedleVideo) -> None:
+    """Write H.264 in MP4, under a temporary name beside the video's path until the file is complete.
+
+    A picture that is shown for several frames is encoded once, as a key frame. The frames after it say "as before":
+    they are the same bytes for any picture, so they are encoded only once for the whole file.
+    """
+    path, step = video.path, video.frames_per_picture
     rate = Fraction(video.fps).limit_denominator(1001)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with av.open(str(partial), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=rate)
-            stream.height, stream.width = video.size
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.gop_size = min(max(round(4 * video.fps), 12), 60)
-            stream.codec_context.thread_count = (
-                1  # frames this small gain nothing from more, and the file stays the same
-            )
-            stream.options = {"preset": "superfast", "crf": "24"}
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-            container.mux(stream.encode())
+            _set_up(stream.codec_context, video, rate)
+            repeats = _encode_repeats(video, rate) if step > 1 else []
+
+            def write(packets: list[av.Packet]) -> None:
+                for packet in packets:
+                    first, time_base = packet.pts, packet.time_base
+                    container.mux(packet)
+                    for number, repeat in enumerate(repeats[: video.total_num_frames - first - 1], start=first + 1):
+                        packet = av.Packet(repeat)
+                        packet.stream, packet.time_base, packet.duration = stream, time_base, 1
+                        packet.pts = packet.dts = number
+                        container.mux(packet)
+
+            for number, planes in enumerate(_render_pictures(video)):
+                picture = to_frame(planes)
+                picture.pts, picture.time_base = number * step, 1 / rate
+                if repeats:
+                    picture.pict_type = PictureType.I
+                write(stream.encode(picture))
+            write(stream.encode())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _set_up(encoder: av.VideoCodecContext, video: NeedleVideo, rate: Fraction) -> None:
+    encoder.height, encoder.width = video.size
+    encoder.pix_fmt = "yuv420p"
+    encoder.framerate, encoder.time_base = rate, 1 / rate
+    # A key frame every few seconds lets readers start anywhere; there is none among the repeats of a picture.
+    encoder.gop_size = max(min(max(round(4 * video.fps), 12), 60), video.frames_per_picture)
+    encoder.thread_count = 1  # frames this small gain nothing from more, and the file stays the same
+    bits_per_second = 8 * MAX_FILE_BYTES / video.duration
+    encoder.options = {
+        "preset": "ultrafast",
+        "crf": "24",
+        "bf": "0",
+        "forced-idr": "1",
+        "maxrate": str(round(bits_per_second)),
+        "bufsize": str(round(bits_per_second * min(video.duration, 60.0))),
+    }
+
+
+def _encode_repeats(video: NeedleVideo, rate: Fraction) -> list[bytes]:
+    """The packets of the frames that show a picture again."""
+    encoder = av.CodecContext.create("libx264", "w")
+    _set_up(encoder, video, rate)
+    height, width = video.size
+    picture = av.VideoFrame.from_ndarray(np.full((height * 3 // 2, width), 128, np.uint8), "yuv420p")
+    packets = []
+    for number in range(video.frames_per_picture):
+        picture.pts, picture.time_base = number, 1 / rate
+        packets += encoder.encode(picture)
+    packets += encoder.encode()
+    return [bytes(packet) for packet in packets[1:]]

@@ -1,0 +1,110 @@
+"""Asks a checkpoint about fresh needle videos and writes how often it is right, task by task.
+
+    python examples/needle/evaluate.py --output examples/results/needle.json
+
+Every video is an H.264 file, made for the purpose from the test split, read through the processor and answered by
+`generate`. An answer counts if it is the right option, word for word.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, MambaMiaProcessor
+from mambamia_hf.needle import TASKS, multiple_choice, write_needle_video
+
+
+@cache
+def load(checkpoint: str) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    torch.set_num_threads(1)
+    model = MambaMiaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model, MambaMiaProcessor.from_pretrained(checkpoint)
+
+
+@torch.no_grad()
+def is_right(arguments: argparse.Namespace, task: str, seed: int) -> dict[float, bool]:
+    """Whether the answer about one video is right, for every share of its frames that is kept."""
+    model, processor = load(arguments.model)
+    processor.video_processor.num_frames = arguments.num_frames
+    with tempfile.TemporaryDirectory() as folder:
+        video = write_needle_video(
+            Path(folder) / "video.mp4",
+            seed,
+            task=task,
+            split="test",
+            duration=arguments.duration,
+            fps=arguments.fps,
+            size=tuple(arguments.size),
+            num_frames=arguments.num_frames,
+            background=arguments.background and arguments.background[seed % len(arguments.background)],
+        )
+        question = multiple_choice(video, seed)
+        content = [{"type": "video", "path": str(video.path)}, {"type": "text", "text": question.prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    # The tower runs once for all shares.
+    inputs["video_features"] = model.model.encode_frames(inputs.pop("pixel_values_videos")[0]).last_hidden_state[None]
+    right = {}
+    for ratio in arguments.keep_ratios:
+        model.config.keep_ratio = ratio
+        output = model.generate(**inputs, do_sample=False)
+        given = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        right[ratio] = given == question.answer
+    return right
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", default=str(BUNDLED_CHECKPOINT), help="folder or Hub id; by default the bundled one"
+    )
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--num_videos", type=int, default=300, help="videos of each task")
+    parser.add_argument("--first_seed", type=int, default=0, help="of the test split")
+    parser.add_argument("--duration", type=float, default=3600, help="seconds of a video")
+    parser.add_argument("--fps", type=float, default=1, help="frame rate of the files")
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), help="height and width of the files")
+    parser.add_argument("--num_frames", type=int, default=384, help="frames sampled from a video at most")
+    parser.add_argument("--background", type=Path, nargs="+", help="videos to hide the needles in")
+    parser.add_argument("--keep_ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25], help="shares of frames kept")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.num_videos)
+    right = {ratio: defaultdict(int) for ratio in arguments.keep_ratios}
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        jobs = [(task, pool.submit(is_right, arguments, task, seed)) for seed in seeds for task in arguments.tasks]
+        for task, job in tqdm(jobs):
+            for ratio, is_right_ in job.result().items():
+                right[ratio][task] += is_right_
+    results = {
+        "num_videos": arguments.num_videos,
+        "seconds": arguments.duration,
+        "num_frames": arguments.num_frames,
+        "background": [path.name for path in arguments.background or []] or "procedural",
+        "accuracy": {
+            str(ratio): {task: count / arguments.num_videos for task, count in counts.items()}
+            for ratio, counts in right.items()
+        },
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Trains the bundled model from nothing on the needle benchmark: retrieval, ordering and counting.
+
+    python examples/needle/train.py --output_dir runs/needle
+
+Videos are H.264 files that the script makes; training is `examples/train.py` on features of the frozen vision tower.
+As nothing is downloaded, the vision tower has to learn, too:
+
+    data        stills and videos are written
+    vision      the vision tower alone learns to name what is in a still; from here on it is frozen
+    features    of the data are written
+    video       compressor and language model learn on videos
+    long_video  the same on stills and videos, with the language model prepared for longer videos than these
+
+The stages `image` and `align` are left out: after them needles had the smallest Δ of all frames, not the largest.
+
+What `output_dir` already holds of an earlier run is not done again.
+"""
+
+import io
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import HfArgumentParser, Qwen2Tokenizer, SiglipImageProcessor, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
+from mambamia_hf.needle import (
+    CHOICE_QUESTIONS,
+    COLOURS,
+    DIGITS,
+    QUESTIONS,
+    SHAPES,
+    TASKS,
+    multiple_choice,
+    needle_image,
+    needle_multiple_choice,
+    needle_questions,
+    questions,
+    write_needle_video,
+)
+
+
+IMAGE_SIZE = 96
+STILL_SIZES = (96, 128, 192, 256)
+NUM_FRAMES = (16, 32, 64, 128)
+NOTHING = "nothing"
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer with Qwen2's special tokens, small because it has a few hundred words to know."""
+    special_tokens = (
+        "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [
+        wording.format(medium=medium, kind=kind, value=value)
+        for wordings in [*QUESTIONS.values(), *CHOICE_QUESTIONS.values()]
+        for wording in wordings
+        for medium in ("video", "image")
+        for kind in ("shape", "digit")
+        for value in SHAPES
+    ]
+    texts += [*SHAPES, *DIGITS, *COLOURS, "system\n", "user\n", "assistant\n", "You are a helpful assistant."]
+    texts += [f" Options: {'; '.join(SHAPES)}."] + [f" {value}" for value in SHAPES + DIGITS]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=448,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=special_tokens.split(),
+            show_progress=False,
+        ),
+    )
+    return Qwen2Tokenizer(
+        tokenizer_object=tokenizer,
+        unk_token=None,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special_tokens.split()[1:],
+        padding_side="left",
+    )
+
+
+def build_processor() -> MambaMiaProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return MambaMiaProcessor(
+        tokenizer=build_tokenizer(),
+        image_processor=SiglipImageProcessor(size=size),
+        video_processor=MambaMiaVideoProcessor(size=size),
+        num_frame_tokens=1,
+    )
+
+
+def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneration:
+    """About 1.8 million parameters; the 9 patches of a frame become one anchor."""
+    tokenizer = processor.tokenizer
+    config = MambaMiaConfig(
+        vision_config={
+            "model_type": "convnext",
+            "image_size": IMAGE_SIZE,
+            "patch_size": 4,
+            "hidden_sizes": [32, 64, 128, 128],
+            "depths": [1, 2, 2, 1],
+            "num_stages": 4,
+            "layer_scale_init_value": 1.0,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        },
+        compressor_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 1,
+            "head_dim": 32,
+            "state_size": 32,
+            "patches_per_anchor": 9,
+            "initializer_range": 0.05,
+        },
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_feature_layer=-1,
+        vision_batch_size=64,
+        delta_threshold=None,
+    )
+    model = MambaMiaForConditionalGeneration(config)
+    model.generation_config.max_new_tokens = 8  # an answer is one to three words
+    return model
+
+
+class NamedStills(Dataset):
+    """Stills, one in five without a needle, each with the numbers of the value and of the colour that it shows.
+
+    They come in several sizes and JPEG qualities, so that the tower does not depend on the sharpness of one.
+    """
+
+    names, colours = [*SHAPES, *DIGITS, NOTHING], [*COLOURS, NOTHING]
+
+    def __init__(self, length: int, image_processor: SiglipImageProcessor):
+        self.length = length
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(index)
+        side = rng.choice(STILL_SIZES)
+        image, needle = needle_image(index, (side, side), blank=rng.random() < 0.2)
+        compressed = io.BytesIO()
+        image.save(compressed, "JPEG", quality=rng.randint(15, 95))
+        value, colour = (NOTHING, NOTHING) if needle is None else (needle.value, needle.colour)
+        labels = torch.tensor([self.names.index(value), self.colours.index(colour)])
+        return {**self.image_processor(Image.open(compressed), return_tensors="pt"), "labels": labels}
+
+
+class NeedleNamer(nn.Module):
+    """The vision tower with linear heads on the feature map that the compressor will read.
+
+    Heads on the maximum of the map learn fast; those on its mean make it one that can be averaged, as the compressor
+    does.
+    """
+
+    def __init__(self, model: MambaMiaForConditionalGeneration):
+        super().__init__()
+        self.encode_frames = model.model.encode_frames
+        self.vision_tower = model.model.vision_tower
+        self.num_labels = [len(NamedStills.names), len(NamedStills.colours)]
+        self.heads = nn.ModuleList(nn.Linear(model.config.vision_hidden_size, sum(self.num_labels)) for _ in range(2))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pixel_values (batch, 1, 3, height, width)` and `labels (batch, 2)` to the loss."""
+        features = self.encode_frames(pixel_values.squeeze(1)).last_hidden_state
+        losses = [
+            nn.functional.cross_entropy(logits, target)
+            for head, pooled in zip(self.heads, (features.mean(dim=1), features.amax(dim=1)), strict=True)
+            for logits, target in zip(head(pooled).split(self.num_labels, dim=1), labels.T, strict=True)
+        ]
+        return {"loss": sum(losses)}
+
+
+def still(folder: Path, seed: int) -> dict[str, Any]:
+    """A JPEG still with one question about it, as a record of LLaVA's format."""
+    image, needle = needle_image(seed)
+    image.save(folder / f"{seed}.jpg", quality=90)
+    rng = random.Random(seed)
+    question = needle_multiple_choice(needle, "image", seed)
+    asked = (question.prompt, question.answer) if rng.random() < 0.5 else rng.choice(needle_questions(needle, "image"))
+    return record("image", f"{seed}.jpg", *asked)
+
+
+def video(folder: Path, seed: int) -> dict[str, Any]:
+    """An H.264 file with one question about it, as a record: 16 to 128 frames, half a second to ten seconds apart."""
+    rng = random.Random(seed)
+    num_frames, seconds = rng.choice(NUM_FRAMES), 0.5 * 20 ** rng.random()
+    made = write_needle_video(
+        folder / f"{seed}.mp4",
+        seed,
+        task=TASKS[seed % len(TASKS)],
+        duration=num_frames * seconds,
+        fps=1 / seconds,
+        num_frames=num_frames,
+    )
+    question = multiple_choice(made, seed)
+    asked = (question.prompt, question.answer)
+    if made.task == "retrieval" and rng.random() < 0.3:
+        asked = rng.choice(questions(made))
+    return record("video", f"{seed}.mp4", *asked)
+
+
+def record(kind: str, path: str, question: str, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<{kind}>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": path, kind: path, "conversations": turns}
+
+
+def write_data(folder: Path, make: Callable[[Path, int], dict[str, Any]], count: int):
+    """Writes `folder`, its files and `records.jsonl`, with all cores."""
+    if (folder / "records.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        made = tqdm(pool.map(partial(make, folder), range(count), chunksize=16), desc=folder.name, total=count)
+        records = [json.dumps(one) + "\n" for one in made]
+    (folder / "unfinished").write_text("".join(records))
+    (folder / "unfinished").rename(folder / "records.jsonl")
+
+
+@dataclass
+class NeedleArguments:
+    """How much to make and how long to train."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder for data, features and models; what it holds is not done again."}
+    )
+    vision_steps: int = 1400
+    num_stills: int = 8000
+    num_videos: int = 9000
+    seed: int = 2025
+
+
+# What is trained in order, by the folder of its model: arguments of examples/train.py. In the second part the
+# positions of a video's tokens are spread, so that the language model can read longer videos than those it sees.
+STAGES = {
+    "video": "--stage video --data videos --max_steps 1500 --learning_rate 1e-3",
+    "long_video": "--stage video --data videos stills --max_steps 700 --learning_rate 7e-4 --position_stretch 4",
+}
+TRAINING = (
+    "--per_device_train_batch_size 12 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.05 "
+    "--adam_beta2 0.98 --logging_steps 25 --save_steps 250 --save_total_limit 1 --dataloader_num_workers 1 "
+    "--report_to none --resume_from_checkpoint true"
+)
+
+
+def train_vision_tower(folder: Path, steps: int, seed: int):
+    """The tower of a model that has not learned anything else yet; saves the whole model and its processor."""
+    set_seed(seed)
+    processor = build_processor()
+    model = build_model(processor)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        logging_steps=25,
+        save_steps=200,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        report_to="none",
+        seed=seed,
+    )
+    stills = NamedStills(64 * steps, processor.image_processor)
+    trainer = Trainer(NeedleNamer(model), arguments, train_dataset=stills)
+    trainer.train(resume_from_checkpoint=folder.is_dir() and get_last_checkpoint(folder))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def run(script: str, *arguments: str | Path):
+    subprocess.run([sys.executable, Path(__file__).parents[1] / script, *arguments], check=True)
+
+
+def main():
+    (arguments,) = HfArgumentParser(NeedleArguments).parse_args_into_dataclasses()
+    output = Path(arguments.output_dir)
+    write_data(output / "stills", still, arguments.num_stills)
+    write_data(output / "videos", video, arguments.num_videos)
+    model = output / "vision"
+    if not (model / "config.json").is_file():
+        train_vision_tower(model, arguments.vision_steps, arguments.seed)
+    records = {kind: output / kind / "records.jsonl" for kind in ("stills", "videos")}
+    features, num_frames = output / "features", ["--num_frames", str(max(NUM_FRAMES))]
+    for file in records.values():
+        media = ["--data", file, "--media_folder", file.parent]
+        run("precompute_features.py", "--model", model, *media, "--output", features, *num_frames)
+    for name, stage in STAGES.items():
+        start, model = model, output / name
+        if not (model / "config.json").is_file():
+            settings = [records.get(word, word) for word in f"{stage} {TRAINING} --seed {arguments.seed}".split()]
+            files = ["--model", start, "--features", features, "--output_dir", model]
+            run("train.py", *files, *num_frames, *settings)
+
+
+if __name__ == "__main__":
+    main()
