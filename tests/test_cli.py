@@ -288,7 +288,7 @@ def test_demo_answers_its_own_question(tmp_path, capsys):
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["answer"] == lines["truth"]
     assert lines["question"].endswith("?")
-    assert lines["tokens"].startswith("64 frames -> 2,304 patches -> 192 anchors -> 96 video tokens")
+    assert lines["tokens"].startswith("64 frames -> 576 patches -> 64 anchors -> 32 video tokens")
     assert sorted(entry.name for entry in folder.iterdir()) == ["needle.mp4", "timeline.png"]
 
 
