@@ -12,12 +12,13 @@ import torch
 from measure import extra_bytes, median_seconds, peak_rss, plot, report
 
 from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig
-from mambamia_hf.modeling_compressor import MambaMiaSpatialBlock
+from mambamia_hf.modeling_compressor import _SEGMENT_TOKENS, MambaMiaSpatialBlock
+from mambamia_hf.ssd import _MAX_CHUNK_SIZE, _MAX_HEADS
 
 
 FULL_SIZE = {"input_size": 1152, "hidden_size": 3072, "output_size": 3584}
 SMALL = {"input_size": 64, "hidden_size": 64, "output_size": 64, "head_dim": 32, "state_size": 16}
-SEGMENT_LENGTH, CHUNK, HEADS_AT_ONCE = 4800, 64, 16  # as the compressor and the scan choose them on a CPU
+CHUNK, HEADS_AT_ONCE = _MAX_CHUNK_SIZE["cpu"], _MAX_HEADS["cpu"]
 
 
 def spatial_block(config: MambaMiaCompressorConfig) -> MambaMiaSpatialBlock:
@@ -60,7 +61,7 @@ def block() -> list[dict]:
     layer, hidden_states = spatial_block(config), torch.randn(1, length, config.hidden_size)
     seconds = median_seconds(
         {
-            "block": lambda: layer(hidden_states, SEGMENT_LENGTH),
+            "block": lambda: layer(hidden_states, _SEGMENT_TOKENS),
             "in_proj and out_proj": projections(config, length),
             "products of the scans": scan_products(config, length),
         }
@@ -89,8 +90,8 @@ def layers() -> list[dict]:
         def run(anchors_only: bool, blocks=blocks, start=start) -> torch.Tensor:
             hidden_states = start.clone()
             for layer in blocks[:-1]:
-                layer(hidden_states, SEGMENT_LENGTH)
-            return blocks[-1](hidden_states, SEGMENT_LENGTH, anchors_only=anchors_only)
+                layer(hidden_states, _SEGMENT_TOKENS)
+            return blocks[-1](hidden_states, _SEGMENT_TOKENS, anchors_only=anchors_only)
 
         row_length = config.patches_per_anchor + 1
         difference = (run(False)[:, row_length - 1 :: row_length] - run(True)).abs().max().item()

@@ -34,7 +34,7 @@ import torch
 import transformers
 from baselines import FramePooling, NoCompression, PooledQueries, SelfAttention
 from matplotlib.figure import Figure
-from needle.train import NUM_FRAMES, record, write_data
+from needle.train import NUM_FRAMES, OPTIMIZER, record, write_data, write_spaced_video
 from torch import Tensor
 from train import prepare_model
 from transformers import Trainer, TrainingArguments, set_seed
@@ -42,7 +42,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, select_frames
 from mambamia_hf.configuration_mambamia import num_kept_frames
 from mambamia_hf.modeling_mambamia import MambaMiaFeaturesOutput
-from mambamia_hf.needle import TASKS, multiple_choice, write_needle_video
+from mambamia_hf.needle import TASKS, multiple_choice
 from mambamia_hf.training_data import ConversationCollator, MediaReader, VisionFeatures, load_records
 
 
@@ -75,16 +75,7 @@ class Settings:
 
 def unseen_video(num_frames: int, folder: Path, seed: int) -> dict[str, Any]:
     """A video of the test split with the question of its task, as a record."""
-    seconds = 0.5 * 20 ** random.Random(seed).random()  # from frame to frame, as in training
-    made = write_needle_video(
-        folder / f"{seed}.mp4",
-        seed,
-        task=TASKS[seed % len(TASKS)],
-        split="test",
-        duration=num_frames * seconds,
-        fps=1 / seconds,
-        num_frames=num_frames,
-    )
+    made = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test")
     question = multiple_choice(made, seed)
     return record("video", f"{seed}.mp4", question.prompt, question.answer) | {"task": made.task}
 
@@ -140,16 +131,13 @@ def train(
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             learning_rate=1e-3,
-            lr_scheduler_type="cosine",
             warmup_steps=0.05,
-            weight_decay=0.05,
-            adam_beta2=0.98,
             save_strategy="no",
-            report_to="none",
             remove_unused_columns=False,
             disable_tqdm=True,
             use_cpu=True,
             seed=seed,
+            **OPTIMIZER,
         )
         model = prepare_model(model, "video")
         Trainer(model=model, args=arguments, train_dataset=records, data_collator=collator).train()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from baselines import FramePooling, NoCompression, PooledQueries, SelfAttention
-from tiny_model import random_videos, tiny_config
+from tiny_model import random_videos, tiny_compressor_config, tiny_config
 from torch import nn
 
 from mambamia_hf import MambaMiaCompressorConfig, MambaMiaForConditionalGeneration
@@ -11,18 +11,9 @@ BASELINES = [PooledQueries, SelfAttention, FramePooling, NoCompression]
 
 
 def compressor_config(baseline: type, **kwargs) -> MambaMiaCompressorConfig:
-    settings = {
-        "input_size": 12,
-        "output_size": 20,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "state_size": 4,
-        "patches_per_anchor": 1 if baseline is NoCompression else 3,
-        "chunk_size": 16,
-        "initializer_range": 0.2,
-    }
-    return MambaMiaCompressorConfig(**{**settings, **kwargs})
+    patches_per_anchor = 1 if baseline is NoCompression else 3
+    settings = {"patches_per_anchor": patches_per_anchor, "initializer_range": 0.2, **kwargs}
+    return tiny_compressor_config(**settings)
 
 
 def make(baseline: type, **kwargs) -> nn.Module:

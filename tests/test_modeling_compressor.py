@@ -1,30 +1,17 @@
 import pytest
 import torch
 from golden import load_golden
+from tiny_model import tiny_compressor_config
 from torch import nn
 
-from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, modeling_compressor, select_frames
+from mambamia_hf import MambaMiaCompressor, modeling_compressor, select_frames
 from mambamia_hf.convert_original_checkpoint import compressor_from_original
 from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation
 
 
-def tiny_config(**kwargs) -> MambaMiaCompressorConfig:
-    settings = {
-        "input_size": 12,
-        "output_size": 20,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "state_size": 4,
-        "patches_per_anchor": 3,
-        "chunk_size": 16,
-    }
-    return MambaMiaCompressorConfig(**{**settings, **kwargs})
-
-
 def tiny_compressor(**kwargs) -> MambaMiaCompressor:
     torch.manual_seed(0)
-    return MambaMiaCompressor(tiny_config(**kwargs)).eval()
+    return MambaMiaCompressor(tiny_compressor_config(**kwargs)).eval()
 
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
@@ -73,7 +60,7 @@ def test_sequence_order():
 @pytest.mark.parametrize("placement", ["post_mixer", "pre_mixer"])
 def test_gated_patch_aggregation(placement):
     torch.manual_seed(0)
-    gpa = MambaMiaGatedPatchAggregation(tiny_config(gpa_placement=placement)).eval()
+    gpa = MambaMiaGatedPatchAggregation(tiny_compressor_config(gpa_placement=placement)).eval()
     hidden_states = torch.randn(2, 8, 16)
     output = gpa(hidden_states)
     for row in range(2):

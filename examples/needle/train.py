@@ -45,6 +45,7 @@ from mambamia_hf.needle import (
     QUESTIONS,
     SHAPES,
     TASKS,
+    NeedleVideo,
     multiple_choice,
     needle_image,
     needle_multiple_choice,
@@ -52,6 +53,7 @@ from mambamia_hf.needle import (
     questions,
     write_needle_video,
 )
+from mambamia_hf.tokenization_mambamia import SPECIAL_TOKENS
 
 
 IMAGE_SIZE = 96
@@ -62,9 +64,6 @@ NOTHING = "nothing"
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer with Qwen2's special tokens, small because it has a few hundred words to know."""
-    special_tokens = (
-        "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
-    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,7 +82,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         trainers.BpeTrainer(
             vocab_size=448,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=special_tokens.split(),
+            special_tokens=["<|endoftext|>", *SPECIAL_TOKENS],
             show_progress=False,
         ),
     )
@@ -92,7 +91,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         unk_token=None,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        additional_special_tokens=special_tokens.split()[1:],
+        additional_special_tokens=list(SPECIAL_TOKENS),
         padding_side="left",
     )
 
@@ -216,20 +215,26 @@ def still(folder: Path, seed: int) -> dict[str, Any]:
 def video(folder: Path, seed: int) -> dict[str, Any]:
     """An H.264 file with one question about it, as a record: 16 to 128 frames, half a second to ten seconds apart."""
     rng = random.Random(seed)
-    num_frames, seconds = rng.choice(NUM_FRAMES), 0.5 * 20 ** rng.random()
-    made = write_needle_video(
-        folder / f"{seed}.mp4",
-        seed,
-        task=TASKS[seed % len(TASKS)],
-        duration=num_frames * seconds,
-        fps=1 / seconds,
-        num_frames=num_frames,
-    )
+    made = write_spaced_video(folder, seed, rng, rng.choice(NUM_FRAMES), "train")
     question = multiple_choice(made, seed)
     asked = (question.prompt, question.answer)
     if made.task == "retrieval" and rng.random() < 0.3:
         asked = rng.choice(questions(made))
     return record("video", f"{seed}.mp4", *asked)
+
+
+def write_spaced_video(folder: Path, seed: int, rng: random.Random, num_frames: int, split: str) -> NeedleVideo:
+    """`<seed>.mp4` of so many frames, half a second to ten seconds apart, each of them sampled."""
+    seconds = 0.5 * 20 ** rng.random()
+    return write_needle_video(
+        folder / f"{seed}.mp4",
+        seed,
+        task=TASKS[seed % len(TASKS)],
+        split=split,
+        duration=num_frames * seconds,
+        fps=1 / seconds,
+        num_frames=num_frames,
+    )
 
 
 def record(kind: str, path: str, question: str, answer: str) -> dict[str, Any]:
@@ -268,11 +273,12 @@ STAGES = {
     "video": "--stage video --data videos --max_steps 1500 --learning_rate 1e-3",
     "long_video": "--stage video --data videos stills --max_steps 700 --learning_rate 7e-4 --position_stretch 4",
 }
+# How all of it is trained, the vision tower and the runs of examples/ablation.py included.
+OPTIMIZER = {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "adam_beta2": 0.98, "report_to": "none"}
 TRAINING = (
-    "--per_device_train_batch_size 12 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.05 "
-    "--adam_beta2 0.98 --logging_steps 25 --save_steps 250 --save_total_limit 1 --dataloader_num_workers 1 "
-    "--report_to none --resume_from_checkpoint true"
-)
+    "--per_device_train_batch_size 12 --warmup_steps 0.05 --logging_steps 25 --save_steps 250 --save_total_limit 1 "
+    "--dataloader_num_workers 1 --resume_from_checkpoint true "
+) + " ".join(f"--{name} {value}" for name, value in OPTIMIZER.items())
 
 
 def train_vision_tower(folder: Path, steps: int, seed: int):
@@ -285,17 +291,14 @@ def train_vision_tower(folder: Path, steps: int, seed: int):
         max_steps=steps,
         per_device_train_batch_size=64,
         learning_rate=2e-3,
-        lr_scheduler_type="cosine",
         warmup_steps=0.1,
-        weight_decay=0.05,
-        adam_beta2=0.98,
         logging_steps=25,
         save_steps=200,
         save_total_limit=1,
         remove_unused_columns=False,
         dataloader_num_workers=1,
-        report_to="none",
         seed=seed,
+        **OPTIMIZER,
     )
     stills = NamedStills(64 * steps, processor.image_processor)
     trainer = Trainer(NeedleNamer(model), arguments, train_dataset=stills)

@@ -90,6 +90,7 @@ def ssd_chunk_scan(
     )
 
 
+@torch.no_grad()
 def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states: Tensor | None = None) -> Tensor:
     """The states after the last token alone, at a fraction of the price of `ssd_chunk_scan` but without a gradient.
 
@@ -103,20 +104,19 @@ def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states
     Returns:
         `(b, h, p, n)`, in float32 (float64 for float64 inputs).
     """
-    with torch.no_grad():
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        final_states = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
-        if initial_states is not None:
-            final_states.copy_(initial_states)
-        for part in _parts(x, B):
-            states = part.take_states(final_states)
-            for piece in _pieces(x, x.shape[1]):
-                block = _Block.of(part, piece, x, dt.to(dtype), A.to(dtype), B)
-                added = block.x * (block.to_end * block.delta.unsqueeze(-1))
-                for added_, B_, decay in zip(added, block.B, block.decay, strict=True):
-                    states.mul_(decay[:, -1:]).baddbmm_(B_.mT, added_)
-            part.put_states(states, final_states)
-        return final_states
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    final_states = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
+    if initial_states is not None:
+        final_states.copy_(initial_states)
+    for part in _parts(x, B):
+        states = part.take_states(final_states)
+        for piece in _pieces(x, x.shape[1]):
+            block = _Block.of(part, piece, x, dt.to(dtype), A.to(dtype), B)
+            added = block.x * (block.to_end * block.delta.unsqueeze(-1))
+            for added_, B_, decay in zip(added, block.B, block.decay, strict=True):
+                states.mul_(decay[:, -1:]).baddbmm_(B_.mT, added_)
+        part.put_states(states, final_states)
+    return final_states
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
