@@ -34,7 +34,7 @@ import torch
 import transformers
 from baselines import FramePooling, NoCompression, PooledQueries, SelfAttention
 from matplotlib.figure import Figure
-from needle.train import NUM_FRAMES, OPTIMIZER, record, write_data, write_spaced_video
+from needle.train import NUM_FRAMES, OPTIMIZER, RECORDS, record, write_data, write_spaced_video
 from torch import Tensor
 from train import prepare_model
 from transformers import Trainer, TrainingArguments, set_seed
@@ -73,11 +73,11 @@ class Settings:
     num_videos: int
 
 
-def unseen_video(num_frames: int, folder: Path, seed: int) -> dict[str, Any]:
+def unseen_video(num_frames: int, folder: Path, seed: int) -> list[dict[str, Any]]:
     """A video of the test split with the question of its task, as a record."""
     made = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test")
     question = multiple_choice(made, seed)
-    return record("video", f"{seed}.mp4", question.prompt, question.answer) | {"task": made.task}
+    return [record("video", f"{seed}.mp4", num_frames, question.prompt, question.answer) | {"task": made.task}]
 
 
 def write_test_videos(settings: Settings, needle: Path, output: Path) -> Path:
@@ -85,7 +85,7 @@ def write_test_videos(settings: Settings, needle: Path, output: Path) -> Path:
     folder = output / f"test-{settings.num_videos}x{settings.num_frames}"
     write_data(folder, partial(unseen_video, settings.num_frames), settings.num_videos)
     precompute_features.main(
-        f"--model {needle / 'vision'} --data {folder / 'records.jsonl'} --media_folder {folder} "
+        f"--model {needle / 'vision'} --data {folder / RECORDS} --media_folder {folder} "
         f"--output {folder / 'features'} --num_frames {max(NUM_FRAMES)}".split()
     )
     return folder
@@ -96,7 +96,7 @@ def open_data(
 ) -> tuple[list[dict[str, Any]], ConversationCollator]:
     """The records of a folder, and what makes batches of them from features."""
     features = VisionFeatures(features, MediaReader(processor, num_frames=max(NUM_FRAMES)).settings(model))
-    return load_records([folder / "records.jsonl"]), ConversationCollator(processor, features)
+    return load_records([folder / RECORDS]), ConversationCollator(processor, features)
 
 
 def build(variant: str, seed: int, needle: Path) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
@@ -118,13 +118,14 @@ def build(variant: str, seed: int, needle: Path) -> tuple[MambaMiaForConditional
 
 def train(
     model: MambaMiaForConditionalGeneration,
+    stage: str,
     records: list[dict[str, Any]],
     collator: ConversationCollator,
     steps: int,
     batch_size: int,
     seed: int,
 ):
-    """Compressor and language model learn, with the settings of `examples/needle/train.py`."""
+    """What learns in `stage` learns, with the settings of `examples/needle/train.py`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -139,7 +140,7 @@ def train(
             seed=seed,
             **OPTIMIZER,
         )
-        model = prepare_model(model, "video")
+        model = prepare_model(model, stage)
         Trainer(model=model, args=arguments, train_dataset=records, data_collator=collator).train()
 
 
@@ -258,12 +259,10 @@ def run(variant: str, seed: int, settings: Settings, needle: Path, test: Path) -
     model, processor = build(variant, seed, needle)
     stills, still_collator = open_data(needle / "stills", needle / "features", model, processor)
     videos, video_collator = open_data(needle / "videos", needle / "features", model, processor)
-    # Frames of a record are counted in its features.
-    read = video_collator.media.read
-    videos = [one for one in videos if len(read("video", one["video"])) <= settings.num_frames]
+    videos = [one for one in videos if one["length"] <= settings.num_frames]
     start = time.process_time()
-    train(model, stills, still_collator, settings.image_steps, 64, seed)
-    train(model, videos, video_collator, settings.video_steps, 12, seed)
+    train(model, "image", stills, still_collator, settings.image_steps, 48, seed)
+    train(model, "video", videos, video_collator, settings.video_steps, 12, seed)
     seconds = time.process_time() - start
 
     model.eval()
@@ -428,8 +427,8 @@ def main():
     )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="for table and plots")
     parser.add_argument("--num_frames", type=int, default=32, help="of the longest training and of the test videos")
-    parser.add_argument("--image_steps", type=int, default=250)
-    parser.add_argument("--video_steps", type=int, default=1000)
+    parser.add_argument("--image_steps", type=int, default=100)
+    parser.add_argument("--video_steps", type=int, default=850)
     parser.add_argument("--num_videos", type=int, default=300, help="test videos in all")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     arguments = parser.parse_args()

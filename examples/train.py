@@ -39,15 +39,17 @@ from mambamia_hf.training_data import ConversationCollator, MediaReader, VisionF
 logger = logging.getLogger(__name__)
 
 # Which parts learn in which stage, and how fast unless `learning_rate` says otherwise. The vision tower never learns.
+# An image has no time: what compares frames, the compressor's second stage, would learn a Δ there that means nothing.
 STAGES = {
     "image": (("compressor", "language_model"), 2e-5),
-    "align": (("compressor",), 1e-4),
-    "video": (("compressor", "language_model"), 2e-5),
+    "align": (("compressor", "temporal_layers"), 1e-4),
+    "video": (("compressor", "temporal_layers", "language_model"), 2e-5),
 }
 
-# How the names of the weights of each part begin.
+# How the names of the weights of each part begin; a weight belongs to the first part that fits.
 PARTS = {
     "vision_tower": ("model.vision_tower.",),
+    "temporal_layers": ("model.compressor.temporal_layers.",),
     "compressor": ("model.compressor.", "model.end_of_frame"),
     "language_model": ("model.language_model.", "lm_head."),
 }
@@ -66,7 +68,6 @@ class StageArguments:
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video at most."})
     fps: float | None = field(default=None, metadata={"help": "Frames of a second at most."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})
-    frame_dropout: float = field(default=0.0, metadata={"help": "Share of videos of which Δ drops some frames."})
     position_stretch: float = field(
         default=1.0,
         metadata={"help": "How many times longer the videos to be read are than those to be learned from."},
@@ -96,14 +97,18 @@ def parse_arguments(arguments: list[str] | None) -> tuple[StageArguments, Traini
     return stage, training
 
 
+def part_of(name: str) -> str:
+    """The part that the weight of this name belongs to."""
+    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
+
+
 def prepare_model(
     model: MambaMiaForConditionalGeneration, stage: str, lora_rank: int = 0
 ) -> MambaMiaForConditionalGeneration | PeftModel:
     """Lets the parts learn that learn in a stage, the language model by LoRA where there is a `lora_rank`."""
     learns, _ = STAGES[stage]
     for name, parameter in model.named_parameters():
-        (part,) = (part for part, beginnings in PARTS.items() if name.startswith(beginnings))
-        parameter.requires_grad_(part in learns)
+        parameter.requires_grad_(part_of(name) in learns)
     if not lora_rank:
         return model
     layers = {
@@ -119,7 +124,10 @@ def prepare_model(
         target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(layers))})",
         modules_to_save=["compressor"],  # learns in full; an `end_of_frame` vector stays as it is
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    if "temporal_layers" not in learns:
+        adapted.model.model.compressor.modules_to_save.default.temporal_layers.requires_grad_(False)
+    return adapted
 
 
 class ThroughputCallback(TrainerCallback):
@@ -201,9 +209,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
         model=prepare_model(model, stage.stage, stage.lora_rank),
         args=training,
         train_dataset=open_dataset(stage.data, stage.streaming),
-        data_collator=ConversationCollator(
-            processor, media, stage.max_length, report, stage.frame_dropout, stage.position_stretch
-        ),
+        data_collator=ConversationCollator(processor, media, stage.max_length, report, stage.position_stretch),
         processing_class=processor,
     )
     # Before the callbacks that write logs somewhere.

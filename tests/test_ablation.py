@@ -8,7 +8,7 @@ import ablation
 import precompute_features
 import pytest
 import torch
-from needle.train import build_model, build_processor, still, video, write_data
+from needle.train import RECORDS, build_model, build_processor, still, video, write_data
 from tiny_model import NUM_ANCHORS, prompt, tiny_model
 
 
@@ -65,7 +65,7 @@ def needle(tmp_path_factory) -> Path:
     processor.save_pretrained(folder / "vision")
     for name, make in (("stills", still), ("videos", video)):
         write_data(folder / name, make, 6)
-        media = ["--data", str(folder / name / "records.jsonl"), "--media_folder", str(folder / name)]
+        media = ["--data", str(folder / name / RECORDS), "--media_folder", str(folder / name)]
         model = ["--model", str(folder / "vision"), "--output", str(folder / "features")]
         precompute_features.main([*model, *media, "--num_frames", "128", "--num_workers", "0"])
     return folder

@@ -8,10 +8,10 @@ As nothing is downloaded, the vision tower has to learn, too:
     data        stills and videos are written
     vision      the vision tower alone learns to name what is in a still; from here on it is frozen
     features    of the data are written
+    image       compressor and language model learn on stills
+    align       the compressor alone learns on videos
     video       compressor and language model learn on videos
-    long_video  the same on stills and videos, with the language model prepared for longer videos than these
-
-The stages `image` and `align` are left out: after them needles had the smallest Δ of all frames, not the largest.
+    long_video  the same, with the language model prepared for longer videos than these
 
 What `output_dir` already holds of an earlier run is not done again.
 """
@@ -59,6 +59,8 @@ from mambamia_hf.tokenization_mambamia import SPECIAL_TOKENS
 IMAGE_SIZE = 96
 STILL_SIZES = (96, 128, 192, 256)
 NUM_FRAMES = (16, 32, 64, 128)
+QUESTIONS_PER_VIDEO = 3
+RECORDS = Path("records", "train.jsonl")  # alone in its folder, which `datasets` takes for a dataset then
 NOTHING = "nothing"
 
 
@@ -202,25 +204,29 @@ class NeedleNamer(nn.Module):
         return {"loss": sum(losses)}
 
 
-def still(folder: Path, seed: int) -> dict[str, Any]:
-    """A JPEG still with one question about it, as a record of LLaVA's format."""
+def still(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """A JPEG still and a question about it, as a record of LLaVA's format."""
     image, needle = needle_image(seed)
     image.save(folder / f"{seed}.jpg", quality=90)
     rng = random.Random(seed)
     question = needle_multiple_choice(needle, "image", seed)
     asked = (question.prompt, question.answer) if rng.random() < 0.5 else rng.choice(needle_questions(needle, "image"))
-    return record("image", f"{seed}.jpg", *asked)
+    return [record("image", f"{seed}.jpg", 1, *asked)]
 
 
-def video(folder: Path, seed: int) -> dict[str, Any]:
-    """An H.264 file with one question about it, as a record: 16 to 128 frames, half a second to ten seconds apart."""
+def video(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """An H.264 file and questions about it, as records: 16 to 128 frames, half a second to ten seconds apart."""
     rng = random.Random(seed)
-    made = write_spaced_video(folder, seed, rng, rng.choice(NUM_FRAMES), "train")
-    question = multiple_choice(made, seed)
-    asked = (question.prompt, question.answer)
-    if made.task == "retrieval" and rng.random() < 0.3:
-        asked = rng.choice(questions(made))
-    return record("video", f"{seed}.mp4", *asked)
+    num_frames = rng.choice(NUM_FRAMES)
+    made = write_spaced_video(folder, seed, rng, num_frames, "train")
+    records = []
+    for variant in range(QUESTIONS_PER_VIDEO):
+        question = multiple_choice(made, QUESTIONS_PER_VIDEO * seed + variant)
+        asked = (question.prompt, question.answer)
+        if made.task == "retrieval" and rng.random() < 0.3:
+            asked = rng.choice(questions(made))
+        records.append(record("video", f"{seed}.mp4", num_frames, *asked))
+    return records
 
 
 def write_spaced_video(folder: Path, seed: int, rng: random.Random, num_frames: int, split: str) -> NeedleVideo:
@@ -237,21 +243,21 @@ def write_spaced_video(folder: Path, seed: int, rng: random.Random, num_frames: 
     )
 
 
-def record(kind: str, path: str, question: str, answer: str) -> dict[str, Any]:
+def record(kind: str, path: str, num_frames: int, question: str, answer: str) -> dict[str, Any]:
     turns = [{"from": "human", "value": f"<{kind}>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": path, kind: path, "conversations": turns}
+    return {"id": path, kind: path, "length": num_frames, "conversations": turns}
 
 
-def write_data(folder: Path, make: Callable[[Path, int], dict[str, Any]], count: int):
-    """Writes `folder`, its files and `records.jsonl`, with all cores."""
-    if (folder / "records.jsonl").is_file():
+def write_data(folder: Path, make: Callable[[Path, int], list[dict[str, Any]]], count: int):
+    """Writes `folder`, its files and their records, with all cores."""
+    if (folder / RECORDS).is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORDS).parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         made = tqdm(pool.map(partial(make, folder), range(count), chunksize=16), desc=folder.name, total=count)
-        records = [json.dumps(one) + "\n" for one in made]
+        records = [json.dumps(one) + "\n" for of_file in made for one in of_file]
     (folder / "unfinished").write_text("".join(records))
-    (folder / "unfinished").rename(folder / "records.jsonl")
+    (folder / "unfinished").rename(folder / RECORDS)
 
 
 @dataclass
@@ -267,17 +273,20 @@ class NeedleArguments:
     seed: int = 2025
 
 
-# What is trained in order, by the folder of its model: arguments of examples/train.py. In the second part the
-# positions of a video's tokens are spread, so that the language model can read longer videos than those it sees.
+# What is trained in order, by the folder of its model: arguments of examples/train.py. In the last part the positions
+# of a video's tokens are spread, so that the language model can read longer videos than those it sees.
+BY_LENGTH = "--data videos --per_device_train_batch_size 12 --train_sampling_strategy group_by_length"
 STAGES = {
-    "video": "--stage video --data videos --max_steps 1500 --learning_rate 1e-3",
-    "long_video": "--stage video --data videos stills --max_steps 700 --learning_rate 7e-4 --position_stretch 4",
+    "image": "--stage image --data stills --per_device_train_batch_size 48 --max_steps 300 --learning_rate 1e-3",
+    "align": f"--stage align {BY_LENGTH} --max_steps 300 --learning_rate 1e-3",
+    "video": f"--stage video {BY_LENGTH} --max_steps 4000 --learning_rate 1e-3",
+    "long_video": f"--stage video {BY_LENGTH} --max_steps 4000 --learning_rate 7e-4 --position_stretch 4",
 }
 # How all of it is trained, the vision tower and the runs of examples/ablation.py included.
 OPTIMIZER = {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "adam_beta2": 0.98, "report_to": "none"}
 TRAINING = (
-    "--per_device_train_batch_size 12 --warmup_steps 0.05 --logging_steps 25 --save_steps 250 --save_total_limit 1 "
-    "--dataloader_num_workers 1 --resume_from_checkpoint true "
+    "--warmup_steps 0.05 --logging_steps 25 --save_steps 250 --save_total_limit 1 --dataloader_num_workers 1 "
+    "--resume_from_checkpoint true "
 ) + " ".join(f"--{name} {value}" for name, value in OPTIMIZER.items())
 
 
@@ -319,15 +328,15 @@ def main():
     model = output / "vision"
     if not (model / "config.json").is_file():
         train_vision_tower(model, arguments.vision_steps, arguments.seed)
-    records = {kind: output / kind / "records.jsonl" for kind in ("stills", "videos")}
     features, num_frames = output / "features", ["--num_frames", str(max(NUM_FRAMES))]
-    for file in records.values():
-        media = ["--data", file, "--media_folder", file.parent]
+    for folder in (output / "stills", output / "videos"):
+        media = ["--data", folder / RECORDS, "--media_folder", folder]
         run("precompute_features.py", "--model", model, *media, "--output", features, *num_frames)
+    data = {kind: (output / kind / RECORDS).parent for kind in ("stills", "videos")}
     for name, stage in STAGES.items():
         start, model = model, output / name
         if not (model / "config.json").is_file():
-            settings = [records.get(word, word) for word in f"{stage} {TRAINING} --seed {arguments.seed}".split()]
+            settings = [data.get(word, word) for word in f"{stage} {TRAINING} --seed {arguments.seed}".split()]
             files = ["--model", start, "--features", features, "--output_dir", model]
             run("train.py", *files, *num_frames, *settings)
 

@@ -10,6 +10,7 @@ collator, which runs in the workers of the data loader.
 """
 
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -231,6 +232,12 @@ class MediaReader:
         return json.loads(json.dumps(settings))
 
 
+@functools.cache
+def _open_shard(path: Path) -> safe_open:
+    """Stays open, once in a process: what takes time is to read which tensors it has."""
+    return safe_open(path, framework="pt")
+
+
 class VisionFeatures:
     """The vision features of images and videos that `examples/precompute_features.py` wrote to a folder.
 
@@ -271,8 +278,7 @@ class VisionFeatures:
         path = media_path(source)
         if path in self.skipped:
             raise ValueError(self.skipped[path])
-        with safe_open(self.folder / self.shards[path], framework="pt") as shard:
-            return shard.get_tensor(path)
+        return _open_shard(self.folder / self.shards[path]).get_tensor(path)
 
 
 @dataclass
@@ -290,8 +296,6 @@ class ConversationCollator:
             never are. No limit by default.
         report: a JSONL file to which `{"sample", "event", "reason"}` is added for every sample that was `"skipped"` or
             `"cut"`.
-        frame_dropout: the share of videos of whose frames Δ keeps only a part, 25 to 100 % drawn at random, which
-            prepares the language model for any budget.
         position_stretch: a video's tokens are spread at random over up to so many times their number of positions,
             which prepares the language model for videos so many times longer (Ruoss et al., ACL 2023). 1 spreads none.
 
@@ -305,7 +309,6 @@ class ConversationCollator:
     media: MediaReader | VisionFeatures | None = None
     max_length: int | None = None
     report: str | os.PathLike | None = None
-    frame_dropout: float = 0.0
     position_stretch: float = 1.0
 
     def __post_init__(self):
@@ -415,9 +418,7 @@ class ConversationCollator:
         if encoded["input_ids"][: len(beginning)] != beginning:
             tokens = [(token, 0) for token in beginning] + tokens
         lengths = [
-            processor.num_frame_tokens
-            if kind == "image"
-            else processor.num_video_tokens(len(tensor), **self._budget())
+            processor.num_frame_tokens if kind == "image" else processor.num_video_tokens(len(tensor))
             for kind, tensor in media
         ]
         if sum(token in self._placeholders for token, _ in tokens) != len(lengths):
@@ -428,10 +429,6 @@ class ConversationCollator:
             input_ids += count * [token]
             labels += count * [token if learned else -100]
         return input_ids, labels
-
-    def _budget(self) -> dict[str, float]:
-        drops, share = torch.rand(2, generator=self._generator).tolist()
-        return {"keep_ratio": 0.25 + 0.75 * share} if drops < self.frame_dropout else {}
 
     def _skip(self, record: dict[str, Any], reason: str) -> None:
         self._note(record, "skipped", reason)
