@@ -703,6 +703,16 @@ def test_labels_follow_dropped_positions(batch, kept):
     torch.testing.assert_close(output.loss, text_model(model)(**inputs, labels=expected).loss)
 
 
+def test_what_delta_costs(batch):
+    model, labels = tiny_model(compressor_config={"gpa_dropout": 0.0}).train(), batch["input_ids"]
+    free = model(**batch, labels=labels)
+    model.config.delta_loss_coef = 0.5
+    loss = model(**batch, labels=labels).loss
+    torch.testing.assert_close(loss, free.loss + 0.5 * free.frame_deltas[batch["frame_mask"]].mean())
+    four_times = 4 * labels[:, 1:].numel()
+    torch.testing.assert_close(model(**batch, labels=labels, num_items_in_batch=four_times).loss, loss / 4)
+
+
 def test_every_part_learns(video):
     model = tiny_model().train()
     model(PROMPT, pixel_values_videos=video, labels=PROMPT).loss.backward()

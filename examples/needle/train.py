@@ -147,6 +147,7 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
         vision_feature_layer=-1,
         vision_batch_size=64,
         delta_threshold=None,
+        delta_loss_coef=1.0,  # without, Δ ends now and then with its least on the needles
     )
     model = MambaMiaForConditionalGeneration(config)
     model.generation_config.max_new_tokens = 8  # an answer is one to three words

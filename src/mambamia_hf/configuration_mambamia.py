@@ -206,6 +206,8 @@ class MambaMiaConfig(PreTrainedConfig):
         delta_min_frames (`int`, defaults to 180): videos of at most this many frames keep every frame.
         keep_frames (`int`, *optional*): exact budget in place of the threshold: this many frames are kept.
         keep_ratio (`float`, *optional*): exact budget in place of the threshold: this share of the frames is kept.
+        delta_loss_coef (`float`, defaults to 0.0): weight of the mean Δ of the frames of videos in the loss; the paper
+            has none. Where Δ costs, it is large only for frames that add something.
 
     Raises:
         ValueError: for settings that cannot be built, naming the field.
@@ -254,6 +256,7 @@ class MambaMiaConfig(PreTrainedConfig):
     delta_min_frames: int = 180
     keep_frames: int | None = None
     keep_ratio: float | int | None = None
+    delta_loss_coef: float | int = 0.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -332,8 +335,10 @@ class MambaMiaConfig(PreTrainedConfig):
             raise ValueError(f"vision_batch_size must be at least 1, not {self.vision_batch_size}.")
         if self.delta_min_frames < 0:
             raise ValueError(f"delta_min_frames must not be negative, not {self.delta_min_frames}.")
-        if self.delta_threshold is not None and self.delta_threshold < 0:
-            raise ValueError(f"delta_threshold must not be negative, not {self.delta_threshold}.")
+        for name in ("delta_threshold", "delta_loss_coef"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, not {value}.")
         num_kept_frames(1, self.keep_frames, self.keep_ratio)
         if self.delta_threshold is not None and (self.keep_frames is not None or self.keep_ratio is not None):
             raise ValueError(

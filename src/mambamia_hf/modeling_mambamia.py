@@ -93,7 +93,8 @@ class MambaMiaModelOutputWithPast(BaseModelOutputWithPast):
 class MambaMiaCausalLMOutputWithPast(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`): next-token loss.
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
+            Next-token loss, and what the Δ of the frames costs where the configuration has a `delta_loss_coef`.
         logits (`torch.FloatTensor` of shape `(batch_size, kept_length, vocab_size)`):
             Scores of the next token, for the tokens that are left where frames were dropped.
         past_key_values (`Cache`, *optional*): keys and values of the tokens that are left.
@@ -717,11 +718,17 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if labels is not None:
             if outputs.token_indices is not None:
                 labels = _take_tokens(labels, outputs.token_indices, -100)
+            num_items = (labels[:, 1:] != -100).sum()
             if kwargs.get("num_items_in_batch") is None:
-                kwargs["num_items_in_batch"] = (labels[:, 1:] != -100).sum()
+                kwargs["num_items_in_batch"] = num_items
             # Without anything to learn the loss is zero, not zero by zero.
             kwargs["num_items_in_batch"] = torch.as_tensor(kwargs["num_items_in_batch"]).clamp(min=1)
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            if self.config.delta_loss_coef and outputs.frame_deltas is not None:
+                deltas = outputs.frame_deltas if frame_mask is None else outputs.frame_deltas[frame_mask.bool()]
+                # A part of a batch counts by what there is to learn in it, as in the next-token loss.
+                share = (num_items / kwargs["num_items_in_batch"]).to(deltas.device)
+                loss = loss + self.config.delta_loss_coef * share * deltas.mean()
         return MambaMiaCausalLMOutputWithPast(
             loss=loss, logits=logits, **{key: value for key, value in outputs.items() if key != "last_hidden_state"}
         )

@@ -94,7 +94,9 @@ def open_dataset(data: Sequence[str | os.PathLike], streaming: bool = False) -> 
         raise ValueError(f"The data are {', '.join(map(str, data))}; give .json and .jsonl files, or one dataset.")
     dataset = datasets.load_dataset(str(data[0]), split="train", streaming=streaming)
     for name, feature in (dataset.features or {}).items():
-        dataset = dataset.cast_column(name, _undecoded(feature))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            dataset = dataset.cast_column(name, undecoded)
     return dataset.repeat(None) if streaming else dataset
 
 
