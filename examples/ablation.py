@@ -107,6 +107,8 @@ def build(variant: str, seed: int, needle: Path) -> tuple[MambaMiaForConditional
     config = MambaMiaConfig.from_pretrained(needle / "vision")
     for name, value in changes.items():
         setattr(config.compressor_config, name, value)
+    # Dropping frames would favour what remembers them. That Δ costs concerns only what has a Δ, and keeps its meaning.
+    config.frame_dropout, config.delta_loss_coef = 0.0, 1.0
     processor.num_frame_tokens = config.num_frame_tokens
     set_seed(seed)
     model = MambaMiaForConditionalGeneration(config)

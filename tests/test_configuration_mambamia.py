@@ -162,6 +162,7 @@ def test_impossible_compressors(settings, message):
         ({"video_token_id": 151655}, "image_token_id and video_token_id must differ, both are 151655"),
         ({"delta_min_frames": -1}, "delta_min_frames must not be negative"),
         ({"delta_threshold": -0.5}, "delta_threshold must not be negative"),
+        ({"frame_dropout": 1.5}, "frame_dropout must lie between 0 and 1, not 1.5"),
         ({"delta_loss_coef": -0.5}, "delta_loss_coef must not be negative, not -0.5"),
         ({"keep_frames": 64}, "delta_threshold=0.6 and a budget .*keep_frames=64.*; set delta_threshold=None"),
         ({"keep_ratio": 0.5}, "delta_threshold=0.6 and a budget .*keep_ratio=0.5.*; set delta_threshold=None"),

@@ -703,6 +703,22 @@ def test_labels_follow_dropped_positions(batch, kept):
     torch.testing.assert_close(output.loss, text_model(model)(**inputs, labels=expected).loss)
 
 
+def test_frames_are_dropped_at_random_in_training(batch):
+    model = tiny_model(frame_dropout=1.0, delta_threshold=None)
+    assert torch.equal(model.eval()(**batch).selected_frames, batch["frame_mask"])
+    model.train()
+    counts = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        output = model(**batch, labels=batch["input_ids"])
+        output.loss.backward()
+        assert not (output.selected_frames & ~batch["frame_mask"]).any() and output.selected_frames.any(dim=1).all()
+        tokens = output.selected_frames.sum() * model.config.num_frame_tokens
+        assert len(output.video_hidden_states) == tokens
+        counts.add(int(tokens))
+    assert len(counts) > 3
+
+
 def test_what_delta_costs(batch):
     model, labels = tiny_model(compressor_config={"gpa_dropout": 0.0}).train(), batch["input_ids"]
     free = model(**batch, labels=labels)

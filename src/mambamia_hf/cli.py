@@ -272,8 +272,8 @@ def _build_parser() -> argparse.ArgumentParser:
 def _ask(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         _say(
-            "no --model given: the bundled checkpoint can only say which shape or digit shows up in a video, and in "
-            "what colour."
+            "no --model given: the bundled checkpoint only knows about shapes and digits that show up in a video: "
+            "which, in what colour, in what order, how often."
         )
     _quieten_libraries()
     answer = ask(

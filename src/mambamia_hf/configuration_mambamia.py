@@ -206,6 +206,9 @@ class MambaMiaConfig(PreTrainedConfig):
         delta_min_frames (`int`, defaults to 180): videos of at most this many frames keep every frame.
         keep_frames (`int`, *optional*): exact budget in place of the threshold: this many frames are kept.
         keep_ratio (`float`, *optional*): exact budget in place of the threshold: this share of the frames is kept.
+        frame_dropout (`float`, defaults to 0.0): in training and without a budget, a share of the frames of a video,
+            drawn between 0 and this, does not go on, at random; the paper has none. What they showed has to be
+            remembered, through Δ.
         delta_loss_coef (`float`, defaults to 0.0): weight of the mean Δ of the frames of videos in the loss; the paper
             has none. Where Δ costs, it is large only for frames that add something.
 
@@ -256,6 +259,7 @@ class MambaMiaConfig(PreTrainedConfig):
     delta_min_frames: int = 180
     keep_frames: int | None = None
     keep_ratio: float | int | None = None
+    frame_dropout: float | int = 0.0
     delta_loss_coef: float | int = 0.0
     tie_word_embeddings: bool = False
 
@@ -335,6 +339,8 @@ class MambaMiaConfig(PreTrainedConfig):
             raise ValueError(f"vision_batch_size must be at least 1, not {self.vision_batch_size}.")
         if self.delta_min_frames < 0:
             raise ValueError(f"delta_min_frames must not be negative, not {self.delta_min_frames}.")
+        if not 0 <= self.frame_dropout <= 1:
+            raise ValueError(f"frame_dropout must lie between 0 and 1, not {self.frame_dropout}.")
         for name in ("delta_threshold", "delta_loss_coef"):
             value = getattr(self, name)
             if value is not None and value < 0:

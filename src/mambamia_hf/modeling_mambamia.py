@@ -339,6 +339,10 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
                 )
             if how:
                 selected[video] = select_frames(deltas[video : video + 1], frame_mask=mask[None], **how)[0]
+            elif self.training and self.config.frame_dropout:
+                share = self.config.frame_dropout * torch.rand((), device=mask.device)
+                stays = mask & (torch.rand(mask.shape, device=mask.device) >= share)
+                selected[video] = stays if stays.any() else mask
         return MambaMiaFeaturesOutput(
             last_hidden_state=tokens,
             pooler_output=[video[kept].flatten(0, 1) for video, kept in zip(tokens, selected, strict=True)],
