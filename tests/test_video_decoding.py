@@ -387,17 +387,6 @@ class TestThreads:
             decode_video(path, transform=fail)
         assert threading.active_count() == before
 
-    def test_transform_is_called_in_that_of_the_caller(self, tmp_path, set_threads):
-        set_threads(4)
-        callers = set()
-
-        def record(frame):
-            callers.add(threading.get_ident())
-            return frame
-
-        decode_video(write_video(tmp_path / "v.mp4"), transform=record)
-        assert callers == {threading.get_ident()}
-
 
 class TestSources:
     def test_path_bytes_and_file_object(self, tmp_path):

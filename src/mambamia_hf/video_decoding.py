@@ -4,8 +4,8 @@ A file is read in two passes. The first reads the packets without decoding any o
 shown and where decoding can start: this is exact for variable frame rates and for containers that state no duration
 and no number of frames, and takes some 3 µs a frame. The second decodes the wanted frames only: it seeks to the key
 frame before a wanted frame, goes on from there to the last frame that is wanted before the next key frame, and so on.
-Several threads, each with a decoder of its own, share these pieces of the file. Each wanted frame is converted and
-resized as soon as it is decoded, so that only resized frames are ever held.
+Several threads, each with a decoder of its own, share these pieces of the file. Each converts and resizes a wanted
+frame as soon as it is decoded, so that only resized frames are ever held.
 """
 
 import os
@@ -93,6 +93,24 @@ class _Packets:
         return usable if len(usable) else np.zeros(1, dtype=int)
 
 
+@dataclass
+class _Image:
+    """
+    A decoded frame as it is wanted.
+
+    Args:
+        index (`int`): The number of the frame that was wanted.
+        number (`int`): The number of the frame that this is; another one where that packet shows nothing of its own.
+        size (`tuple[int, int]`): Height and width of the upright frame in the file.
+        pixels (`np.ndarray` of shape `(3, height, width)`): The frame, transformed.
+    """
+
+    index: int
+    number: int
+    size: tuple[int, int]
+    pixels: np.ndarray
+
+
 class _SeekError(Exception):
     "The container cannot be entered at a given packet, or its timestamps are not those of showing."
 
@@ -118,7 +136,8 @@ def decode_video(
             Called with `metadata=` ([`TimedVideoMetadata`]), returns the numbers of the wanted frames. All frames are
             decoded without it.
         transform (`Callable`, *optional*):
-            Applied to each wanted frame, a uint8 tensor of shape `(3, height, width)`; not in order.
+            Applied to each wanted frame, a uint8 tensor of shape `(3, height, width)`; not in order, and in several
+            threads at once.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
         seek (`str`, *optional*, defaults to `"exact"`):
@@ -353,33 +372,26 @@ def _decode_frames(
     """
     if packets.timed:
         try:
-            with closing(_decode_in_threads(path, name, packets, np.unique(indices))) as images:
-                return _collect(images, name, indices, transform, progress)
+            with closing(_decode_in_threads(path, name, packets, np.unique(indices), transform)) as images:
+                return _collect(images, name, indices, progress)
         except _SeekError:
             pass  # a rare container, of which decoding everything in order makes the best
-    with closing(_decode_in_order(path, name, np.unique(indices))) as images:
-        return _collect(images, name, indices, transform, progress)
+    with closing(_decode_in_order(path, name, np.unique(indices), transform)) as images:
+        return _collect(images, name, indices, progress)
 
 
 def _collect(
-    images: Iterator[tuple[int, int, np.ndarray]],
-    name: str,
-    indices: np.ndarray,
-    transform: Callable[[torch.Tensor], torch.Tensor] | None,
-    progress: bool,
+    images: Iterator[_Image], name: str, indices: np.ndarray, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    "Transforms the images, which come with the index they are wanted for and their own number; see above."
-    frames, found, size = None, np.full(len(indices), -1), None
+    "Puts the images where they are wanted; see above."
+    frames, found = None, np.full(len(indices), -1)
     order = np.argsort(indices)
     with tqdm(total=len(indices), desc=f"Decoding {name}", unit="frame", disable=not progress) as bar:
-        for index, number, image in images:
-            size = image.shape[:2]
-            image = torch.from_numpy(image).permute(2, 0, 1)
-            image = (image if transform is None else transform(image)).numpy()
+        for image in images:
             if frames is None:
-                frames = np.empty((len(indices), *image.shape), dtype=image.dtype)
-            places = order[slice(*np.searchsorted(indices, [index, index + 1], sorter=order))]
-            frames[places], found[places] = image, number
+                frames, size = np.empty((len(indices), *image.pixels.shape), dtype=image.pixels.dtype), image.size
+            places = order[slice(*np.searchsorted(indices, [image.index, image.index + 1], sorter=order))]
+            frames[places], found[places] = image.pixels, image.number
             bar.update(len(places))
     if frames is None:
         raise ValueError(f"None of the {len(indices)} sampled frames of {name} can be decoded: the file is damaged.")
@@ -387,16 +399,20 @@ def _collect(
 
 
 def _decode_in_threads(
-    path: str, name: str, packets: _Packets, indices: np.ndarray
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    "Yields each index, the number of the frame found for it, and that frame's image; in no particular order."
+    path: str,
+    name: str,
+    packets: _Packets,
+    indices: np.ndarray,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> Iterator[_Image]:
+    "Yields the images of the frames numbered `indices`, in no particular order."
     groups = defaultdict(list)  # by the key frame from which to decode
     for index in indices:
         groups[int(packets.starts(packets.shown[index])[-1])].append(index)
     num_decoders = min(_num_threads(), len(groups))
     todo = deque([*groups.items(), *[None] * num_decoders])
     decoders = [
-        _decode_groups(path, name, packets, iter(todo.popleft, None), _num_threads() // num_decoders)
+        _decode_groups(path, name, packets, iter(todo.popleft, None), transform, _num_threads() // num_decoders)
         for _ in range(num_decoders)
     ]
     # A decoder waits with an image until it is taken, so that there are never more than one each.
@@ -415,30 +431,37 @@ def _num_threads() -> int:
 
 
 def _decode_groups(
-    path: str, name: str, packets: _Packets, groups: Iterator[tuple[int, list[int]]], threads: int
-) -> Iterator[tuple[int, int, np.ndarray]]:
+    path: str,
+    name: str,
+    packets: _Packets,
+    groups: Iterator[tuple[int, list[int]]],
+    transform: Callable[[torch.Tensor], torch.Tensor] | None,
+    threads: int,
+) -> Iterator[_Image]:
     "Decodes groups of frames, each from its key frame on; see above."
     with _open_video(path, name, threads) as (container, stream):
-        to_image = _image_converter(stream)
+        to_image = _image_converter(stream, transform)
         for start, indices in groups:
             # In a stream that is refreshed bit by bit, pictures are whole only a key frame or two later.
             for key in packets.starts(start)[:-4:-1]:
                 found = set()
                 for index, number, frame in _pick(_decode_from(container, stream, packets, key, indices), indices):
                     found.add(index)
-                    yield index, number, to_image(frame)
+                    yield to_image(index, number, frame)
                 indices = [index for index in indices if index not in found]
                 if not indices:
                     break
 
 
-def _decode_in_order(path: str, name: str, indices: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+def _decode_in_order(
+    path: str, name: str, indices: np.ndarray, transform: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Iterator[_Image]:
     "Decodes the file from its start; see above."
     with _open_video(path, name, _num_threads()) as (container, stream):
-        to_image = _image_converter(stream)
+        to_image = _image_converter(stream, transform)
         decoded = chain.from_iterable(_decode_packet(stream, packet) for packet in container.demux(stream))
-        for index, number, frame in _pick(enumerate(decoded), indices):
-            yield index, number, to_image(frame)
+        for picked in _pick(enumerate(decoded), indices):
+            yield to_image(*picked)
 
 
 def _pick(
@@ -457,14 +480,18 @@ def _pick(
         latest = number, frame
 
 
-def _image_converter(stream: av.VideoStream) -> Callable[[av.VideoFrame], np.ndarray]:
-    "Gives a function from a frame to its upright RGB image, of shape `(height, width, 3)`, the same for all frames."
+def _image_converter(
+    stream: av.VideoStream, transform: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Callable[[int, int, av.VideoFrame], _Image]:
+    "Gives a function that makes an image of what `_pick` picks; before `transform` all have the same size."
     width, height = stream.codec_context.width or None, stream.codec_context.height or None
     reformatter = VideoReformatter()  # one for all frames: setting one up takes far longer than a conversion
 
-    def to_image(frame: av.VideoFrame) -> np.ndarray:
-        image = reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+    def to_image(index: int, number: int, frame: av.VideoFrame) -> _Image:
+        upright = reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+        upright = np.ascontiguousarray(np.rot90(upright, round(frame.rotation / 90)))
+        pixels = torch.from_numpy(upright).permute(2, 0, 1)
+        return _Image(index, number, upright.shape[:2], (pixels if transform is None else transform(pixels)).numpy())
 
     return to_image
 
