@@ -29,8 +29,8 @@ def test_is_small_and_complete(model_and_processor):
 
 def test_answers_about_fresh_videos(model_and_processor, tmp_path):
     right = []
-    for seed in range(900_000, 900_012):  # training draws from 1,000,000 on
-        video = write_needle_video(tmp_path / "video.mp4", seed)
+    for seed in range(12):
+        video = write_needle_video(tmp_path / "video.mp4", seed, split="test")
         question, answer = questions(video)[0]
         right.append(ask(*model_and_processor, video.path, question, max_new_tokens=8) == answer)
     assert sum(right) >= 10, f"{sum(right)} of {len(right)} answers are right; by chance it would be one or two"

@@ -297,7 +297,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     plot = folder / "timeline.png"
-    video = write_needle_video(folder / "needle.mp4", arguments.seed, duration=DEMO_FRAMES / SAMPLES_PER_SECOND)
+    duration = DEMO_FRAMES / SAMPLES_PER_SECOND
+    video = write_needle_video(folder / "needle.mp4", arguments.seed, split="test", duration=duration)
     question, truth = questions(video)[0]
     answer = ask(BUNDLED_CHECKPOINT, str(video.path), question, keep_ratio=DEMO_KEEP_RATIO, plot=plot)
 
