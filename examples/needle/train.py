@@ -280,7 +280,7 @@ BY_LENGTH = "--data videos --per_device_train_batch_size 12 --train_sampling_str
 STAGES = {
     "image": "--stage image --data stills --per_device_train_batch_size 48 --max_steps 300 --learning_rate 1e-3",
     "align": f"--stage align {BY_LENGTH} --max_steps 300 --learning_rate 1e-3",
-    "video": f"--stage video {BY_LENGTH} --max_steps 3000 --learning_rate 1e-3",
+    "video": f"--stage video {BY_LENGTH} --max_steps 6000 --learning_rate 1e-3",
     "long_video": f"--stage video {BY_LENGTH} --max_steps 1500 --learning_rate 7e-4 --position_stretch 4",
 }
 # How all of it is trained, the vision tower and the runs of examples/ablation.py included.

@@ -258,7 +258,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Make a video with something hidden in it, ask what, and draw the timeline of the answer.",
     )
     demo_parser.set_defaults(run=_demo)
-    demo_parser.add_argument("--seed", metavar="N", type=_seed, default=1, help="which video to make (default: 1)")
+    demo_parser.add_argument("--seed", metavar="N", type=_seed, default=5, help="which video to make (default: 5)")
     demo_parser.add_argument(
         "--output",
         metavar="FOLDER",
