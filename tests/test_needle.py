@@ -26,6 +26,7 @@ from mambamia_hf.needle import (
     NeedleVideo,
     Question,
     multiple_choice,
+    needle_frames,
     needle_image,
     needle_multiple_choice,
     needle_questions,
@@ -155,15 +156,21 @@ def test_splits_share_neither_places_nor_backgrounds():
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).mean() > 4
 
 
-def test_a_blank_still_is_the_same_without_its_needle():
-    image, needle = needle_image(5, (64, 96))
-    blank, nothing = needle_image(5, (64, 96), blank=True)
-    assert nothing is None
-    off = np.abs(np.asarray(image, int) - np.asarray(blank, int)).max(axis=-1) > 64
-    rows, columns = np.nonzero(off)
-    assert off.mean() > 0.008
-    assert np.abs(rows - 64 * needle.y).max() < 0.6 * needle.size * 64
-    assert np.abs(columns - 96 * needle.x).max() < 0.6 * needle.size * 64
+def test_frames_with_and_without_needles():
+    frames = needle_frames(5, 64, (64, 96))
+    shown = [needle for _, needle in frames if needle is not None]
+    assert 20 < len(shown) < 44
+    assert len({needle.value for needle in shown}) > 10
+    blank = NeedleVideo(5, 64, 1.0, (64, 96), [])
+    for (image, needle), background in zip(frames, render_frames(blank), strict=True):
+        off = np.abs(np.asarray(image, int) - np.asarray(background, int)).max(axis=-1) > 64
+        if needle is None:
+            assert not off.any()
+            continue
+        rows, columns = np.nonzero(off)
+        assert off.any()
+        assert np.abs(rows - 64 * needle.y).max() < needle.size * 64
+        assert np.abs(columns - 96 * needle.x).max() < needle.size * 64
 
 
 def test_the_needle_is_where_the_truth_says():

@@ -38,6 +38,15 @@ VISION = {
         "depths": [1, 1],
         "num_stages": 2,
     },
+    "resnet": {
+        "model_type": "resnet",
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "embedding_size": 4,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    },
 }
 COMPRESSOR = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "state_size": 8, "patches_per_anchor": 4}
 
@@ -111,6 +120,19 @@ def test_frames_that_are_not_square(vision, tmp_path):
     features = model.get_video_features(question(model, 3, 32, 64)["pixel_values_videos"])
     assert features.last_hidden_state.shape[2] == 2 * model.config.num_frame_tokens
     learn_generate_save_load(model, tmp_path, height=32, width=64)
+
+
+def test_frozen_vision_tower_stays_as_it_is():
+    model = build(vision="resnet")
+    frames = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    before = model.eval().model.encode_frames(frames).last_hidden_state
+    model.model.vision_tower.requires_grad_(False)
+    model.train()
+    assert model.model.compressor.training
+    assert torch.equal(model.model.encode_frames(frames).last_hidden_state, before)
+    model.model.vision_tower.requires_grad_(True)
+    model.train()
+    assert not torch.equal(model.model.encode_frames(frames).last_hidden_state, before)
 
 
 def test_clip_class_token_is_dropped():

@@ -47,6 +47,7 @@ from mambamia_hf.needle import (
     TASKS,
     NeedleVideo,
     multiple_choice,
+    needle_frames,
     needle_image,
     needle_multiple_choice,
     needle_questions,
@@ -58,6 +59,7 @@ from mambamia_hf.tokenization_mambamia import SPECIAL_TOKENS
 
 IMAGE_SIZE = 96
 STILL_SIZES = (96, 128, 192, 256)
+STILLS_PER_VIDEO = 8
 NUM_FRAMES = (16, 32, 64, 128)
 QUESTIONS_PER_VIDEO = 3
 RECORDS = Path("records", "train.jsonl")  # alone in its folder, which `datasets` takes for a dataset then
@@ -113,13 +115,13 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
     tokenizer = processor.tokenizer
     config = MambaMiaConfig(
         vision_config={
-            "model_type": "convnext",
+            "model_type": "resnet",
             "image_size": IMAGE_SIZE,
-            "patch_size": 4,
+            "patch_size": 4,  # of the stem
+            "embedding_size": 32,
             "hidden_sizes": [32, 64, 128, 128],
             "depths": [1, 2, 2, 1],
-            "num_stages": 4,
-            "layer_scale_init_value": 1.0,
+            "layer_type": "basic",
         },
         text_config={
             "model_type": "qwen2",
@@ -155,29 +157,32 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
 
 
 class NamedStills(Dataset):
-    """Stills, one in five without a needle, each with the numbers of the value and of the colour that it shows.
+    """Stills, a few of each video, half of them without a needle, with the numbers of the value and the colour shown.
 
-    They come in several sizes and JPEG qualities, so that the tower does not depend on the sharpness of one.
+    As those of a video differ in little else, the needle is soon what the tower looks for. Videos come in several
+    sizes, stills in several JPEG qualities, so that the tower does not depend on the sharpness of one.
     """
 
     names, colours = [*SHAPES, *DIGITS, NOTHING], [*COLOURS, NOTHING]
 
-    def __init__(self, length: int, image_processor: SiglipImageProcessor):
-        self.length = length
+    def __init__(self, num_videos: int, image_processor: SiglipImageProcessor):
+        self.num_videos = num_videos
         self.image_processor = image_processor
 
     def __len__(self) -> int:
-        return self.length
+        return self.num_videos
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = random.Random(index)
         side = rng.choice(STILL_SIZES)
-        image, needle = needle_image(index, (side, side), blank=rng.random() < 0.2)
-        compressed = io.BytesIO()
-        image.save(compressed, "JPEG", quality=rng.randint(15, 95))
-        value, colour = (NOTHING, NOTHING) if needle is None else (needle.value, needle.colour)
-        labels = torch.tensor([self.names.index(value), self.colours.index(colour)])
-        return {**self.image_processor(Image.open(compressed), return_tensors="pt"), "labels": labels}
+        images, labels = [], []
+        for image, needle in needle_frames(index, STILLS_PER_VIDEO, (side, side)):
+            compressed = io.BytesIO()
+            image.save(compressed, "JPEG", quality=rng.randint(15, 95))
+            images.append(Image.open(compressed))
+            value, colour = (NOTHING, NOTHING) if needle is None else (needle.value, needle.colour)
+            labels.append([self.names.index(value), self.colours.index(colour)])
+        return {**self.image_processor(images, return_tensors="pt"), "labels": torch.tensor(labels)}
 
 
 class NeedleNamer(nn.Module):
@@ -195,12 +200,13 @@ class NeedleNamer(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(model.config.vision_hidden_size, sum(self.num_labels)) for _ in range(2))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pixel_values (batch, 1, 3, height, width)` and `labels (batch, 2)` to the loss."""
-        features = self.encode_frames(pixel_values.squeeze(1)).last_hidden_state
+        """`pixel_values (videos, stills, 3, height, width)` and `labels (videos, stills, 2)` to the loss."""
+        features = self.encode_frames(pixel_values.flatten(0, 1)).last_hidden_state
+        targets = labels.flatten(0, 1).T
         losses = [
             nn.functional.cross_entropy(logits, target)
             for head, pooled in zip(self.heads, (features.mean(dim=1), features.amax(dim=1)), strict=True)
-            for logits, target in zip(head(pooled).split(self.num_labels, dim=1), labels.T, strict=True)
+            for logits, target in zip(head(pooled).split(self.num_labels, dim=1), targets, strict=True)
         ]
         return {"loss": sum(losses)}
 
@@ -268,9 +274,9 @@ class NeedleArguments:
     output_dir: str = field(
         metadata={"help": "Folder for data, features and models; what it holds is not done again."}
     )
-    vision_steps: int = 1400
+    vision_steps: int = 5000
     num_stills: int = 8000
-    num_videos: int = 9000
+    num_videos: int = 12000
     seed: int = 2025
 
 
@@ -294,12 +300,13 @@ TRAINING = (
 def train_vision_tower(folder: Path, steps: int, seed: int):
     """The tower of a model that has not learned anything else yet; saves the whole model and its processor."""
     set_seed(seed)
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # another core makes the stills
     processor = build_processor()
     model = build_model(processor)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=64 // STILLS_PER_VIDEO,
         learning_rate=2e-3,
         warmup_steps=0.1,
         logging_steps=25,
@@ -310,7 +317,7 @@ def train_vision_tower(folder: Path, steps: int, seed: int):
         seed=seed,
         **OPTIMIZER,
     )
-    stills = NamedStills(64 * steps, processor.image_processor)
+    stills = NamedStills(steps * arguments.per_device_train_batch_size, processor.image_processor)
     trainer = Trainer(NeedleNamer(model), arguments, train_dataset=stills)
     trainer.train(resume_from_checkpoint=folder.is_dir() and get_last_checkpoint(folder))
     model.save_pretrained(folder)

@@ -289,7 +289,7 @@ class MambaMiaConfig(PreTrainedConfig):
             if not hasattr(vision, "image_size"):  # SigLIP2 that takes any size is trained on so many patches
                 return (math.isqrt(vision.num_patches),) * 2
             height, width = _pair(vision.image_size)
-        # ConvNeXt: every stage after the first halves the feature map.
+        # ConvNeXt, ResNet: every stage after the first halves the feature map.
         halvings = 2**self._vision_stage if hasattr(vision, "hidden_sizes") else 1
         return height // patch_height // halvings, width // patch_width // halvings
 
@@ -307,11 +307,14 @@ class MambaMiaConfig(PreTrainedConfig):
     def vision_hidden_size(self) -> int:
         """Width of the vision tower's patches."""
         vision = self.vision_config
-        return vision.hidden_sizes[self._vision_stage] if hasattr(vision, "hidden_sizes") else vision.hidden_size
+        if not hasattr(vision, "hidden_sizes"):
+            return vision.hidden_size
+        stem = getattr(vision, "embedding_size", vision.hidden_sizes[0])
+        return (stem, *vision.hidden_sizes)[self.vision_layer(self.vision_feature_layer)]
 
     @property
     def _vision_stage(self) -> int:
-        """The stage of a ConvNeXt whose feature map is taken, from 0; its stem has the size of the first stage."""
+        """The stage of a ConvNeXt or ResNet whose feature map is taken, from 0; the stem's size is the first's."""
         return max(self.vision_layer(self.vision_feature_layer) - 1, 0)
 
     def vision_layer(self, vision_feature_layer: int) -> int:

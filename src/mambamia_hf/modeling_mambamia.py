@@ -151,6 +151,13 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         self.end_of_frame = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.end_of_frame else None
         self.post_init()
 
+    def train(self, mode: bool = True) -> "MambaMiaModel":
+        """As any module's, but a frozen vision tower stays in evaluation mode: its features are always the same."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
     @property
     def cache_name(self) -> str:
         """What the language model calls its cache: `past_key_values`, or `cache_params` where that is a Mamba."""
@@ -199,7 +206,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             pixel_values, shape = self._tower_inputs(chunk.to(tower.dtype))
             outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
             patches = outputs.hidden_states[layer]
-            if patches.ndim == 4:  # ConvNeXt's feature map
+            if patches.ndim == 4:  # a feature map of ConvNeXt or ResNet
                 patches = patches.flatten(2).mT
             features.append(patches[:, -num_patches:])  # without the class token that CLIP puts in front
             hidden_states.append(outputs.hidden_states if output_hidden_states else None)

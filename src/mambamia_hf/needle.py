@@ -13,7 +13,7 @@ quick to make and small at any frame rate.
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -213,17 +213,28 @@ def write_needle_video(
     return video
 
 
-def needle_image(
-    seed: int, size: tuple[int, int] = (128, 128), split: str = "train", blank: bool = False
-) -> tuple[Image.Image, Needle | None]:
-    """A still of `size` (height, width) with a needle in it, and that needle; none of either with `blank`.
-
-    Deterministic in `seed` and `split`.
-    """
+def needle_image(seed: int, size: tuple[int, int] = (128, 128), split: str = "train") -> tuple[Image.Image, Needle]:
+    """A still of `size` (height, width) with a needle in it, and that needle; deterministic in `seed` and `split`."""
     video = _plan(None, seed, "retrieval", split, 1.0, 1.0, size, 1, None, None)
-    if blank:
-        return next(render_frames(replace(video, needles=[]))), None
     return next(render_frames(video)), video.needles[0]
+
+
+def needle_frames(
+    seed: int, num_frames: int, size: tuple[int, int] = (128, 128), split: str = "train"
+) -> list[tuple[Image.Image, Needle | None]]:
+    """Frames of one video, a second apart, and the needle that each of them shows: another in every other frame.
+
+    What tells such frames apart is the needle alone, as their background is the same. Deterministic in `seed` and
+    `split`; `size` is (height, width).
+    """
+    rng = _rng(seed, split, _FRAMES)
+    shown = [
+        _random_needle(rng, _random_value(rng), split, size, float(time), 1.0) if rng.random() < 0.5 else None
+        for time in range(num_frames)
+    ]
+    needles = [needle for needle in shown if needle is not None]
+    video = NeedleVideo(seed=seed, total_num_frames=num_frames, fps=1.0, size=size, needles=needles, split=split)
+    return list(zip(render_frames(video), shown, strict=True))
 
 
 def questions(video: NeedleVideo) -> list[tuple[str, str]]:
@@ -270,7 +281,7 @@ def render_frames(video: NeedleVideo) -> Iterator[Image.Image]:
 
 # --- Planning
 
-_NEEDLES, _SCENES, _CLIP, _CHOICE = range(4)  # random streams of one seed
+_NEEDLES, _SCENES, _CLIP, _CHOICE, _FRAMES = range(5)  # random streams of one seed
 
 
 def _seeds(seed: int, split: str, stream: int, index: int = 0) -> np.random.SeedSequence:
