@@ -9,7 +9,7 @@ nothing, on the same data for as many steps, three times with different seeds. W
 about a fresh video of the test split is the right option, word for word. On the MambaMia models, ways to select frames
 are compared as well.
 
-The 24 runs share the cores, one thread and some four to eight minutes each. Those whose JSON is in `output_dir` are
+The 24 runs share the cores, one thread and some three to eight minutes each. Those whose JSON is in `output_dir` are
 not done again. The results go to `examples/results/`: `ablation.json`, `ablation.md`, `ablation.png`, `budget.png`.
 """
 

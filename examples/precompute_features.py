@@ -4,7 +4,8 @@
 
 Training reads them with `--features features`. The features are float16 in safetensors shards, found by the paths that
 the records have; `index.json` says which shard has which, and what they were made with. Run again, it does what is
-missing: after it was stopped, or for more data. A file that cannot be decoded is reported, and training skips it.
+missing: after it was stopped, or for more data. A file that cannot be decoded is reported, training skips it, and the
+next run tries it again.
 """
 
 import json
@@ -21,6 +22,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 import mambamia_hf  # noqa: F401 - registers the Auto classes
 from mambamia_hf.training_data import MediaReader, VisionFeatures, load_records, media_path, parse_record
+
+
+FIRST_FILES = 20  # when none of so many can be read, something is wrong with the settings and not with the files
 
 
 @dataclass
@@ -61,12 +65,12 @@ class FeatureFolder:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, settings
-        self.shards, self.skipped = {}, {}
+        self.shards, self.skipped, self.sizes = {}, {}, {}
         self.waiting: dict[str, torch.Tensor] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "index.json").is_file():
             done = VisionFeatures(folder, settings)
-            self.shards, self.skipped = done.shards, done.skipped
+            self.shards, self.skipped, self.sizes = done.shards, done.skipped, done.sizes
 
     @property
     def waiting_bytes(self) -> int:
@@ -80,7 +84,7 @@ class FeatureFolder:
             os.replace(self.folder / "unfinished", self.folder / name)
             self.shards |= dict.fromkeys(self.waiting, name)
             self.waiting = {}
-        index = {"settings": self.settings, "shards": self.shards, "skipped": self.skipped}
+        index = {name: getattr(self, name) for name in ("settings", "shards", "skipped", "sizes")}
         (self.folder / "unfinished").write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(self.folder / "unfinished", self.folder / "index.json")
 
@@ -98,6 +102,12 @@ def media_files(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(kind, path) for path, kind in files.items()]
 
 
+def file_size(reader: MediaReader, path: str) -> int | None:
+    """Bytes of a file; None of an address, and where there is none."""
+    location = reader.locate(path)
+    return os.path.getsize(location) if os.path.isfile(location) else None
+
+
 @torch.inference_mode()
 def main(arguments: list[str] | None = None):
     (options,) = HfArgumentParser(FeatureArguments).parse_args_into_dataclasses(arguments)
@@ -109,21 +119,37 @@ def main(arguments: list[str] | None = None):
     model.base_model.vision_tower.to(options.device)
 
     files = media_files(load_records(options.data))
-    missing = [(kind, path) for kind, path in files if path not in folder.shards and path not in folder.skipped]
+    for _, path in files:
+        size = file_size(reader, path)
+        if path in folder.shards and size not in (None, folder.sizes[path]):
+            raise ValueError(
+                f"'{path}' has {size} bytes and the file that the features in '{options.output}' were made from had "
+                f"{folder.sizes[path]}; choose another output folder."
+            )
+    missing = [(kind, path) for kind, path in files if path not in folder.shards]
     loader = DataLoader(
         MediaFiles(missing, reader), batch_size=None, num_workers=options.num_workers, prefetch_factor=None
     )
     bar = tqdm(loader, desc="Features", unit="file", initial=len(files) - len(missing), total=len(files))
-    for path, pixels in bar:
+    failed = 0
+    for tried, (path, pixels) in enumerate(bar, start=1):
         if isinstance(pixels, str):
             bar.write(f"{path} is skipped: {pixels}")
             folder.skipped[path] = pixels
+            failed += 1
+            if failed == tried == FIRST_FILES:
+                raise ValueError(
+                    f"None of the first {tried} files can be read; the last is '{path}': {pixels} Check the paths and "
+                    "the media folder."
+                )
             continue
         features = model.base_model.encode_frames(pixels.reshape(-1, *pixels.shape[-3:])).last_hidden_state
         features = features.reshape(*pixels.shape[:-3], *features.shape[1:]).to("cpu", torch.float16)
         if not features.isfinite().all():
             raise ValueError(f"The features of '{path}' do not fit into float16; train on pixels with this tower.")
         folder.waiting[path] = features.contiguous()
+        folder.sizes[path] = file_size(reader, path)
+        folder.skipped.pop(path, None)
         if folder.waiting_bytes >= options.shard_size * 1e6:
             folder.write()
     folder.write()

@@ -84,13 +84,17 @@ def parse_arguments(arguments: list[str] | None) -> tuple[StageArguments, Traini
         for name, value in reversed(settings.items()):
             values = value if isinstance(value, list) else [value]
             texts = [json.dumps(value) if isinstance(value, dict) else str(value) for value in values]
-            arguments = [f"--{name}", *texts, *arguments]
+            if value is not None:
+                arguments = [f"--{name}", *texts, *arguments]
     parser = HfArgumentParser((StageArguments, TrainingArguments))
     parser.set_defaults(learning_rate=None)
     stage, training = parser.parse_args_into_dataclasses(arguments)
     learns, learning_rate = STAGES[stage.stage]
     if stage.lora_rank and "language_model" not in learns:
-        raise ValueError(f"lora_rank={stage.lora_rank} and the language model does not learn in stage {stage.stage}.")
+        raise ValueError(
+            f"lora_rank={stage.lora_rank} and the language model does not learn in stage {stage.stage}; leave "
+            "lora_rank out or choose stage image or video."
+        )
     training.learning_rate = learning_rate if training.learning_rate is None else training.learning_rate
     training.remove_unused_columns = False  # the collator needs the records as they are
     training.accelerator_config.dispatch_batches = False  # batches of a stream differ in shape
@@ -125,6 +129,7 @@ def prepare_model(
         modules_to_save=["compressor"],  # learns in full; an `end_of_frame` vector stays as it is
     )
     adapted = get_peft_model(model, lora)
+    adapted.model.model.compressor.float()  # small steps would be lost on bfloat16, in which the rest may stay
     if "temporal_layers" not in learns:
         adapted.model.model.compressor.modules_to_save.default.temporal_layers.requires_grad_(False)
     return adapted
@@ -180,13 +185,13 @@ def earlier_checkpoint(training: TrainingArguments) -> str | None:
     return last if training.resume_from_checkpoint in (None, "true", "True") else training.resume_from_checkpoint
 
 
-def reported_samples(folder: Path) -> dict[str, set[str]]:
-    """The ids of the samples that were skipped, and of those that were cut, in any process of a run so far."""
+def reported_samples(folder: Path) -> dict[str, set[tuple[str, int]]]:
+    """Ids and checksums of the samples that were skipped, and of those that were cut, in any process so far."""
     samples = {"skipped": set(), "cut": set()}
     for file in folder.glob("samples_*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
             note = json.loads(line)
-            samples[note["event"]].add(note["sample"])
+            samples[note["event"]].add((note["sample"], note["checksum"]))
     return samples
 
 
@@ -196,20 +201,26 @@ def main(arguments: list[str] | None = None) -> Trainer:
     checkpoint = earlier_checkpoint(training)
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    with training.main_process_first(local=False):
+        if checkpoint is None and training.process_index == 0:
+            for report in output.glob("samples_*.jsonl"):
+                report.unlink()
     report = output / f"samples_{training.process_index}.jsonl"
-    if checkpoint is None:
-        report.unlink(missing_ok=True)
 
     processor = AutoProcessor.from_pretrained(stage.model)
     model = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
     media = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
     if stage.features is not None:
         media = VisionFeatures(stage.features, media.settings(model))
+    dataset = open_dataset(stage.data, stage.streaming)
+    collator = ConversationCollator(processor, media, stage.max_length, report, stage.position_stretch)
+    if stage.features is not None and isinstance(dataset, list):
+        collator.require_features(dataset)  # now rather than after hours
     trainer = Trainer(
         model=prepare_model(model, stage.stage, stage.lora_rank),
         args=training,
-        train_dataset=open_dataset(stage.data, stage.streaming),
-        data_collator=ConversationCollator(processor, media, stage.max_length, report, stage.position_stretch),
+        train_dataset=dataset,
+        data_collator=collator,
         processing_class=processor,
     )
     # Before the callbacks that write logs somewhere.

@@ -42,7 +42,8 @@ def folder(tmp_path_factory) -> Path:
     texts = [{"id": f"text{n}", "conversations": turns("Hello " * n, "Hi" * n)} for n in range(1, 4)]
     broken = {"id": "broken", "video": "broken.mp4", "conversations": turns("<video>\nWhat?", "Nothing.")}
     # A process has 2 of every 4. In the first step one has videos and the other text; in the second one has nothing.
-    records = [videos[0], videos[2], texts[0], texts[2], broken, broken, videos[1], texts[1]]
+    also_broken = broken | {"conversations": turns("<video>\nWho?", "Nobody.")}
+    records = [videos[0], videos[2], texts[0], texts[2], broken, also_broken, videos[1], texts[1]]
     (folder / "data.json").write_text(json.dumps(2 * records))
     return folder
 
@@ -97,7 +98,7 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     assert len(losses(alone)) == STEPS
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
     assert len(set(losses(alone))) == STEPS
-    assert "1 samples were skipped" in result.stdout
+    assert "2 samples were skipped" in result.stdout
     assert len(list(tmp_path.glob("samples_*.jsonl"))) >= 1
 
     # One process loads what two have written, in full, and it is what one has trained.

@@ -219,7 +219,7 @@ def test_videos_and_prompt_must_agree(model, video):
         model(prompt("image"), pixel_values=video)
     with pytest.raises(ValueError, match="frame_mask must be .*, .1, 12. here, not .1, 3."):
         model(PROMPT, pixel_values_videos=video, frame_mask=torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(ValueError, match="Give input_ids or inputs_embeds, not"):
         model(pixel_values_videos=video)
 
 
@@ -675,7 +675,7 @@ def test_features_and_pixels_exclude_each_other(model, video):
         model.get_video_features()
     with pytest.raises(ValueError, match=r"video_features must be .num_videos, num_frames, num_patches"):
         model.get_video_features(video_features=images)
-    with pytest.raises(ValueError, match="features are 7 wide; input_size is 24"):
+    with pytest.raises(ValueError, match="features are 7 wide and input_size is 24"):
         model.get_video_features(video_features=torch.zeros(1, 2, 16, 7))
 
 

@@ -24,7 +24,6 @@ from mambamia_hf.needle import (
     TASKS,
     Needle,
     NeedleVideo,
-    Question,
     multiple_choice,
     needle_frames,
     needle_image,
@@ -288,7 +287,6 @@ def test_multiple_choice(tmp_path):
     assert question.answer == "heart"
     assert "image" in question.text or "these" in question.text
     assert question.prompt == f"{question.text} Options: {'; '.join(question.options)}."
-    assert Question("What is shown?", (), "star").prompt == "What is shown?"
 
 
 def numbered_clip(path, num_frames=20, fps=4):

@@ -113,7 +113,7 @@ class TestStages:
     def test_what_is_written_loads_and_says_how_many_were_skipped(self, folder, tmp_path, capsys):
         run(folder, tmp_path, "align")
         assert "1 samples were skipped and 0 were cut" in capsys.readouterr().out
-        assert train.reported_samples(tmp_path) == {"skipped": {"broken"}, "cut": set()}
+        assert [name for name, _ in train.reported_samples(tmp_path)["skipped"]] == ["broken"]
         AutoModelForImageTextToText.from_pretrained(tmp_path)
         assert AutoProcessor.from_pretrained(tmp_path).video_processor.num_frames == 384
 
@@ -182,15 +182,17 @@ class TestResuming:
             for name, tensor in AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict().items():
                 assert torch.equal(tensor, state[name]), name
 
-    def test_the_last_checkpoint(self, folder, tmp_path):
+    def test_the_last_checkpoint(self, folder, tmp_path, capsys):
         settings = {"save_strategy": "steps", "save_steps": 2}
+        broken_first = json.loads((folder / "data.json").read_text())[::-1]
+        (tmp_path / "data.json").write_text(json.dumps(broken_first))
+        settings |= {"data": tmp_path / "data.json", "train_sampling_strategy": "sequential"}
         run(folder, tmp_path, max_steps=2, resume_from_checkpoint=True, **settings)
         assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
         with pytest.raises(ValueError, match="checkpoint-2' of an earlier run: go on .* choose another output_dir"):
             run(folder, tmp_path, **settings)
         assert run(folder, tmp_path, resume_from_checkpoint=True, **settings).state.global_step == 4
-        # What an earlier part of the run skipped is not forgotten.
-        assert train.reported_samples(tmp_path)["skipped"] <= {"broken"}
+        assert "1 samples were skipped" in capsys.readouterr().out.splitlines()[-1]  # by the earlier part of the run
 
 
 class TestLora:
@@ -276,7 +278,7 @@ class TestLogs:
 
 def saved_bytes(model, **inputs) -> int:
     """Bytes that a forward pass keeps for the backward pass, the weights left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in getattr(model, "parameters", list)()}
     storages = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -303,17 +305,16 @@ def test_activation_checkpointing_covers_the_compressor():
     assert plain > 5 * checkpointed
 
 
-def test_a_frozen_tower_keeps_nothing():
-    frames, ids = random_videos(1, 8), torch.tensor([[4] * 32 + [5, 6]])
-    kept = []
-    for frozen in (False, True):
-        model = tiny_model().train()
-        if frozen:
-            train.prepare_model(model, "video")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_tower_keeps_nothing(checkpointing):
+    model = train.prepare_model(tiny_model(), "video").train()
+    if checkpointing:
         model.gradient_checkpointing_enable()
-        kept.append(saved_bytes(model, input_ids=ids, pixel_values_videos=frames, labels=ids))
-    tower = 4 * 8 * 16 * 24  # float32 * frames * patches * width: the input of every layer
-    assert kept[0] - kept[1] > tower
+        model.enable_input_require_grads()
+    encode_frames, frames = model.model.encode_frames, random_videos(1, 8)[0]
+    assert saved_bytes(encode_frames, frames=frames) == 0
+    assert not encode_frames(frames).last_hidden_state.requires_grad
+    assert encode_frames(frames.requires_grad_()).last_hidden_state.requires_grad
 
 
 def test_out_of_memory_comes_with_advice(folder, tmp_path):

@@ -128,6 +128,7 @@ class TestRecords:
             (record("7", "What?", "This.", "And?"), "ends with a turn of the user"),
             ({"id": "7", "conversations": [{"from": "bot", "value": "Hi."}]}, "'bot'.*is one of system, human"),
             ({"id": "7", "conversations": [{"from": "gpt", "value": None}]}, "None.*`value` a text"),
+            ({"id": "7", "conversations": ["Hi."]}, "the turn 'Hi.'"),
         ],
     )
     def test_no_conversation(self, wrong, message):
@@ -409,7 +410,28 @@ class TestFeatures:
         assert {path.name: path.stat().st_mtime_ns for path in written.glob("*.safetensors")} == files
         output = capsys.readouterr()
         assert "3 files have features" in output.out and "2 were skipped" in output.out
-        assert "cut.mp4 is skipped: " in output.out + output.err and "broken.mp4" not in output.out + output.err
+        assert all(f"{name}.mp4 is skipped: " in output.out + output.err for name in ("cut", "broken"))
+
+    def test_what_could_not_be_read_is_tried_again(self, written, model, processor, folder, tmp_path):
+        (tmp_path / "media").mkdir()
+        for path, source in (("a.mp4", "a.mp4"), ("a.png", "a.png"), ("b.mp4", "b.mp4"), ("broken.mp4", "a.mp4")):
+            (tmp_path / "media" / path).write_bytes((folder / source).read_bytes())
+        self.write(model, processor, tmp_path / "media", tmp_path, self.RECORDS)
+        features = VisionFeatures(written, {})
+        assert not features.skipped
+        assert torch.equal(features.read("video", "broken.mp4"), features.read("video", "a.mp4"))
+
+    def test_another_file_of_the_same_name(self, written, model, processor, folder, tmp_path):
+        (tmp_path / "media").mkdir()
+        (tmp_path / "media" / "a.mp4").write_bytes((folder / "b.mp4").read_bytes())
+        with pytest.raises(ValueError, match=r"'a.mp4' has \d+ bytes and the file .* choose another output folder"):
+            self.write(model, processor, tmp_path / "media", tmp_path, [VIDEO])
+
+    def test_a_wrong_media_folder(self, model, processor, folder, tmp_path):
+        records = [record(f"{number}", "<video>?", "Yes.", video=f"{number}.mp4") for number in range(20)]
+        with pytest.raises(ValueError, match="None of the first 20 files can be read; the last is '19.mp4'"):
+            self.write(model, processor, tmp_path / "nowhere", tmp_path, records)
+        assert not (tmp_path / "features" / "index.json").exists()
 
     def test_shards(self, model, processor, folder, tmp_path):
         self.write(model, processor, folder, tmp_path, self.RECORDS, "--shard_size", "0")
@@ -458,6 +480,12 @@ class TestFeatures:
         processor.save_pretrained(tmp_path)
         saved = MambaMiaProcessor.from_pretrained(tmp_path)
         assert MediaReader(saved).settings(loaded) == MediaReader(processor).settings(model)
+
+    def test_all_media_can_be_checked_before(self, written, processor):
+        collator = ConversationCollator(processor, VisionFeatures(written, {}))
+        collator.require_features([*self.RECORDS, {"id": "no chat"}])
+        with pytest.raises(ValueError, match="no features of 'nowhere.mp4' of sample 'missing'"):
+            collator.require_features([*self.RECORDS, record("missing", "<video>?", "Yes.", video="nowhere.mp4")])
 
     def test_media_without_features(self, written, model, processor):
         collator = ConversationCollator(processor, VisionFeatures(written, {}))

@@ -30,5 +30,5 @@ def __getattr__(name: str):
 
 # Importing the package registers its classes with Transformers. Only the program `mambamia` waits with that until it
 # needs them, so that --help and wrong arguments are answered at once.
-if Path(*sys.argv[:1]).stem != "mambamia":
+if Path(*sys.argv[:1]).name.removesuffix(".exe") != "mambamia":
     import_module(".auto", __name__)

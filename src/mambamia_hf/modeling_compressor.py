@@ -429,7 +429,10 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         """
         self.config.num_anchors(features.shape[2])
         if features.shape[-1] != self.config.input_size:
-            raise ValueError(f"The features are {features.shape[-1]} wide; input_size is {self.config.input_size}.")
+            raise ValueError(
+                f"The features are {features.shape[-1]} wide and input_size is {self.config.input_size}; pass "
+                f"features of this width, or set input_size={features.shape[-1]}."
+            )
         if frame_mask is None or bool(frame_mask.all()):
             anchors, deltas = self._compress(features)
         else:

@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .configuration_mambamia import MambaMiaConfig
+from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
 from .modeling_compressor import MambaMiaCompressor, select_frames
 from .tokenization_mambamia import load_tokenizer
 
@@ -154,9 +154,13 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
     def train(self, mode: bool = True) -> "MambaMiaModel":
         """As any module's, but a frozen vision tower stays in evaluation mode: its features are always the same."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+        if self.vision_tower_is_frozen:
             self.vision_tower.eval()
         return self
+
+    @property
+    def vision_tower_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     @property
     def cache_name(self) -> str:
@@ -204,7 +208,10 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             if tower.device.type != "meta":  # where the tower is offloaded, its own hooks move the frames
                 chunk = chunk.to(tower.device)
             pixel_values, shape = self._tower_inputs(chunk.to(tower.dtype))
-            outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
+            # Activation checkpointing would have the embeddings of a frozen tower require gradients.
+            learns = frames.requires_grad or not self.vision_tower_is_frozen
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
             patches = outputs.hidden_states[layer]
             if patches.ndim == 4:  # a feature map of ConvNeXt or ResNet
                 patches = patches.flatten(2).mT
@@ -364,6 +371,11 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
     ) -> dict[str, Any]:
         """The arguments of `select_frames` for one video; empty where every frame is kept."""
         if keep_frames is not None:
+            if delta_threshold:
+                raise ValueError(
+                    f"A budget of {keep_frames} frames and delta_threshold={delta_threshold} were given; give one of "
+                    f"them, and for a threshold a prompt of every frame (keep_ratio=1.0)."
+                )
             return {"keep_frames": keep_frames}
         config = self.config
         if delta_threshold is None and not self.training:
@@ -491,7 +503,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         with them; the rows are padded on the left again.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError(f"Give input_ids or inputs_embeds, not {'neither' if input_ids is None else 'both'}.")
         encoded = dict(mm_encoder_outputs or {})
         vision = {"vision_feature_layer": vision_feature_layer, "vision_batch_size": vision_batch_size}
         token_indices = None
@@ -539,7 +551,7 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             if tokens.sum() != len(hidden_states[modality]):
                 raise ValueError(
                     f"The prompt has {int(tokens.sum())} {modality} placeholders and the {modality}s give "
-                    f"{len(hidden_states[modality])} tokens; the processor makes as many as there have to be."
+                    f"{len(hidden_states[modality])} tokens; make the prompt with the processor, which puts as many."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(tokens.unsqueeze(-1), hidden_states[modality])
 
@@ -619,7 +631,16 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             dtype: type of all weights.
             compressor_kwargs: of [`MambaMiaCompressorConfig`]. By default there is one anchor for each row of the
                 tower's patches; the input and output sizes are those of the two models.
+
+        Raises:
+            ValueError: for an argument that is no setting of the compressor.
         """
+        unknown = compressor_kwargs.keys() - {field.name for field in fields(MambaMiaCompressorConfig)}
+        if unknown:
+            raise ValueError(
+                f"The compressor has no setting {', '.join(sorted(unknown))}; set those of the whole model on "
+                f"`model.config` afterwards, and see MambaMiaCompressorConfig for the others."
+            )
         config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(config, "vision_config", config)
         if hasattr(vision_config, "vision_use_head"):

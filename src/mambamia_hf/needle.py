@@ -167,7 +167,7 @@ class Question:
     @property
     def prompt(self) -> str:
         """The question with its options: what a model is asked."""
-        return f"{self.text} Options: {'; '.join(self.options)}." if self.options else self.text
+        return f"{self.text} Options: {'; '.join(self.options)}."
 
 
 def write_needle_video(

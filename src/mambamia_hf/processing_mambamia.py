@@ -259,8 +259,8 @@ def _token_id(tokenizer, token: str) -> int | None:
     token_id = tokenizer.convert_tokens_to_ids(token)
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise ValueError(
-            f"The tokenizer has no token {token}: use that of Qwen2.5 or later, or add it with "
-            "`tokenizer.add_special_tokens`."
+            f"The tokenizer has no token {token}: use that of Qwen2.5 or later, or make the processor with "
+            "`MambaMiaProcessor.from_vision_text_pretrained`, which adds it."
         )
     return token_id
 

@@ -135,7 +135,7 @@ def parse_record(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tup
     image_kind = "image" if sources["image"] or not sources["video"] else "video"
     messages, media = [], []
     for turn in turns:
-        role, text = _ROLES.get(turn.get("from")), turn.get("value")
+        role, text = (_ROLES.get(turn.get("from")), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if role is None or not isinstance(text, str):
             raise ValueError(f"{name} has the turn {turn!r}; `from` is one of {', '.join(_ROLES)}, `value` a text.")
         content = []
@@ -202,13 +202,17 @@ class MediaReader:
         self.video_processor.fps = self.video_processor.fps if fps is None else fps
         self.media_folder = media_folder
 
+    def locate(self, path: str) -> str:
+        """Where a path of a record leads, from here; an address is as it is."""
+        is_address = path.startswith(("http://", "https://"))
+        return path if is_address or self.media_folder is None else os.path.join(self.media_folder, path)
+
     def read(self, kind: str, source: Any) -> Tensor:
         """`(channels, height, width)` of an `"image"` or `(num_frames, channels, height, width)` of a `"video"`."""
         path = media_path(source)
         content = source.get("bytes") if isinstance(source, dict) else source
         if content is None or path is not None and not isinstance(source, dict):
-            is_address = path.startswith(("http://", "https://"))
-            content = path if is_address or self.media_folder is None else os.path.join(self.media_folder, path)
+            content = self.locate(path)
         if kind == "image":
             image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
             return self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0]
@@ -267,6 +271,7 @@ class VisionFeatures:
                 )
         self.shards: dict[str, str] = index["shards"]
         self.skipped: dict[str, str] = index["skipped"]
+        self.sizes: dict[str, int | None] = index["sizes"]
 
     def __contains__(self, source: Any) -> bool:
         return media_path(source) in self.shards or media_path(source) in self.skipped
@@ -296,8 +301,8 @@ class ConversationCollator:
             the processor's settings.
         max_length: the largest number of tokens of a sample; text behind the last image or video is cut off, the media
             never are. No limit by default.
-        report: a JSONL file to which `{"sample", "event", "reason"}` is added for every sample that was `"skipped"` or
-            `"cut"`.
+        report: a JSONL file to which `{"sample", "checksum", "event", "reason"}` is added for every sample that was
+            `"skipped"` or `"cut"`.
         position_stretch: a video's tokens are spread at random over up to so many times their number of positions,
             which prepares the language model for videos so many times longer (Ruoss et al., ACL 2023). 1 spreads none.
 
@@ -320,7 +325,8 @@ class ConversationCollator:
                 "{% generation %} and {% endgeneration %}."
             )
         self.media = MediaReader(self.processor) if self.media is None else self.media
-        self._used = self._skipped = 0
+        # Of all workers of all epochs together, as each of these has a copy of the collator.
+        self._used, self._skipped = torch.zeros(2, 1, dtype=torch.long).share_memory_()
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """
@@ -331,7 +337,7 @@ class ConversationCollator:
             width)` or `video_features (num_videos, num_frames, num_patches, vision_size)`, with `frame_mask
             (num_videos, num_frames)`.
         """
-        # What is random depends on which samples come together: another in every epoch, and the same after resuming.
+        # What is random depends on which samples come together, so it is the same after resuming.
         names = "\n".join(map(sample_id, records))
         self._generator = torch.Generator().manual_seed(zlib.crc32(names.encode()))
         samples = [sample for record in records if (sample := self._sample(record)) is not None]
@@ -375,12 +381,7 @@ class ConversationCollator:
         except ValueError as error:
             return self._skip(record, str(error))
         if isinstance(self.media, VisionFeatures):
-            for _, source in sources:
-                if source not in self.media:
-                    raise ValueError(
-                        f"There are no features of {media_path(source)!r} of sample {sample_id(record)!r} in "
-                        f"'{self.media.folder}'; run precompute_features.py on this data, it adds what is missing."
-                    )
+            self._require_features(record, sources)
         try:
             media = [(kind, self.media.read(kind, source)) for kind, source in sources]
             input_ids, labels = self._tokenize(messages, media)
@@ -400,6 +401,27 @@ class ConversationCollator:
             return self._skip(record, f"none of its first {len(labels)} tokens, of {length}, is the assistant's.")
         self._used += 1
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "media": media}
+
+    def require_features(self, records: Iterable[dict[str, Any]]) -> None:
+        """Check before training that there are features of all images and videos.
+
+        Raises:
+            ValueError: if there are none of one of them.
+        """
+        for record in records:
+            try:
+                _, sources = parse_record(record)
+            except ValueError:
+                continue  # reported when it is met
+            self._require_features(record, sources)
+
+    def _require_features(self, record: dict[str, Any], sources: list[tuple[str, Any]]) -> None:
+        for _, source in sources:
+            if source not in self.media:
+                raise ValueError(
+                    f"There are no features of {media_path(source)!r} of sample {sample_id(record)!r} in "
+                    f"'{self.media.folder}'; run precompute_features.py on this data, it adds what is missing."
+                )
 
     @property
     def _placeholders(self) -> tuple[int, int]:
@@ -437,14 +459,15 @@ class ConversationCollator:
         self._skipped += 1
         if not self._used and self._skipped >= _FIRST_RECORDS:
             raise ValueError(
-                f"None of the first {self._skipped} samples can be used; the last is {sample_id(record)!r}: {reason} "
-                f"Check the paths, the media folder and max_length."
+                f"None of the first {int(self._skipped)} samples can be used; the last is {sample_id(record)!r}: "
+                f"{reason} Check the paths, the media folder and max_length."
             )
 
     def _note(self, record: dict[str, Any], event: str, reason: str):
         logger.warning("Sample %r was %s: %s", sample_id(record), event, reason)
         if self.report is not None:
-            line = json.dumps({"sample": sample_id(record), "event": event, "reason": reason})
+            checksum = zlib.crc32(repr(sorted(record.items())).encode())  # ids may repeat
+            line = json.dumps({"sample": sample_id(record), "checksum": checksum, "event": event, "reason": reason})
             with open(self.report, "a", encoding="utf-8") as file:  # one short write, so that workers share the file
                 file.write(line + "\n")
 
