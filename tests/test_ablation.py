@@ -56,6 +56,12 @@ def test_threshold_for_half():
     assert ablation.share_kept(videos, ablation.by_delta(threshold=threshold)) == pytest.approx(0.5, abs=0.03)
 
 
+def test_the_committed_table_is_that_of_the_committed_results():
+    results = Path(ablation.__file__).parent / "results"
+    summary = json.loads((results / "ablation.json").read_text())
+    assert (results / "ablation.md").read_text() == ablation.markdown(summary)
+
+
 @pytest.fixture(scope="module")
 def needle(tmp_path_factory) -> Path:
     """What `examples/needle/train.py` leaves, with a tower that has not learned anything and little data."""

@@ -64,7 +64,8 @@ def arguments(folder: Path, output: Path, batch_size: int) -> list[str]:
         "per_device_train_batch_size": batch_size,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_steps": 2,
+        "gradient_checkpointing": True,
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
@@ -84,21 +85,26 @@ def alone(folder) -> Path:
     return folder / "alone"
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(folder, alone, config, tmp_path):
+def train_with_two_processes(config: str, arguments: list[str]) -> str:
+    """What they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
     command += ["--config_file", EXAMPLES / "configs" / f"{config}.yaml"]
-    command += [Path(__file__).parent / "fsdp_on_cpu.py", EXAMPLES / "train.py", *arguments(folder, tmp_path, 2)]
+    command += [Path(__file__).parent / "fsdp_on_cpu.py", EXAMPLES / "train.py", *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-8000:]
+    return result.stdout
 
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(folder, alone, config, tmp_path):
+    printed = train_with_two_processes(config, arguments(folder, tmp_path, batch_size=2))
     assert len(losses(alone)) == STEPS
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
     assert len(set(losses(alone))) == STEPS
-    assert "2 samples were skipped" in result.stdout
+    assert "2 samples were skipped" in printed
     assert len(list(tmp_path.glob("samples_*.jsonl"))) >= 1
 
     # One process loads what two have written, in full, and it is what one has trained.
@@ -109,3 +115,8 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
         change = (tensor - before[name]).abs().max()
         assert (loaded.state_dict()[name] - tensor).abs().max() <= 0.05 * change + 1e-6, name
     assert torch.isfinite(loaded(torch.tensor([[5, 7, 11]])).logits).all()
+
+    # Two go on from what two have saved on the way.
+    again = arguments(folder, tmp_path / "again", batch_size=2)
+    train_with_two_processes(config, [*again, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path), abs=1e-4)

@@ -222,6 +222,12 @@ class TestLora:
         resumed = run(folder, tmp_path / "again", resume_from_checkpoint=checkpoint, **settings)
         assert losses(resumed) == losses(unbroken)
 
+    def test_what_learns_is_float32_beside_weights_in_bfloat16(self, folder, tmp_path):
+        model = run(folder, tmp_path, lora_rank=4, dtype="bfloat16", max_steps=1).model
+        types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        assert types == {torch.float32}
+        assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
     def test_where_the_language_model_does_not_learn(self, folder, tmp_path):
         with pytest.raises(ValueError, match="lora_rank=4 and the language model does not learn in stage align"):
             run(folder, tmp_path, "align", lora_rank=4)
