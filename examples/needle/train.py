@@ -111,7 +111,7 @@ def build_processor() -> MambaMiaProcessor:
 
 
 def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneration:
-    """About 1.8 million parameters; the 9 patches of a frame become one anchor."""
+    """About 2.1 million parameters; the 9 patches of a frame become one anchor."""
     tokenizer = processor.tokenizer
     config = MambaMiaConfig(
         vision_config={
