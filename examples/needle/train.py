@@ -281,13 +281,13 @@ class NeedleArguments:
 
 
 # What is trained in order, by the folder of its model: arguments of examples/train.py. In the last part the positions
-# of a video's tokens are spread, so that the language model can read longer videos than those it sees.
+# of a video's tokens have gaps, so that the language model can read longer videos than those it sees.
 BY_LENGTH = "--data videos --per_device_train_batch_size 12 --train_sampling_strategy group_by_length"
 STAGES = {
     "image": "--stage image --data stills --per_device_train_batch_size 48 --max_steps 300 --learning_rate 1e-3",
     "align": f"--stage align {BY_LENGTH} --max_steps 300 --learning_rate 1e-3",
     "video": f"--stage video {BY_LENGTH} --max_steps 6000 --learning_rate 1e-3",
-    "long_video": f"--stage video {BY_LENGTH} --max_steps 1500 --learning_rate 7e-4 --position_stretch 4",
+    "long_video": f"--stage video {BY_LENGTH} --max_steps 900 --learning_rate 5e-4 --position_stretch 4",
 }
 # How all of it is trained, the vision tower and the runs of examples/ablation.py included.
 OPTIMIZER = {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "adam_beta2": 0.98, "report_to": "none"}

@@ -42,6 +42,9 @@ _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant
 # When the first so many records are all unusable, something is wrong with the settings and not with the media.
 _FIRST_RECORDS = 20
 
+# In how many places the positions of a sample leave gaps.
+_GAPS = 10
+
 # What decides how a file becomes pixels.
 _PIXEL_SETTINGS = (
     "do_sample_frames num_frames fps do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale "
@@ -303,8 +306,9 @@ class ConversationCollator:
             never are. No limit by default.
         report: a JSONL file to which `{"sample", "checksum", "event", "reason"}` is added for every sample that was
             `"skipped"` or `"cut"`.
-        position_stretch: a video's tokens are spread at random over up to so many times their number of positions,
-            which prepares the language model for videos so many times longer (Ruoss et al., ACL 2023). 1 spreads none.
+        position_stretch: the positions of a video's tokens get a few random gaps, which make a sample up to so many
+            times longer. That prepares the language model for videos so many times longer, while neighbours in time
+            mostly stay neighbours (as in PoSE: Zhu et al., ICLR 2024). 1 leaves none.
 
     Raises:
         ValueError: if the template does not mark the assistant's turns; later, if the images and videos of a sample
@@ -362,17 +366,17 @@ class ConversationCollator:
             lengths = torch.tensor([len(video) for video in videos])
             batch["frame_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
         if self.position_stretch > 1:
-            batch["position_ids"] = pad_sequence([self._spread_positions(row) for row in ids], batch_first=True)
+            batch["position_ids"] = pad_sequence([self._positions_with_gaps(row) for row in ids], batch_first=True)
         return batch
 
-    def _spread_positions(self, input_ids: Tensor) -> Tensor:
-        """Positions `(length,)` that leave random gaps between the tokens of videos."""
-        is_video = (input_ids == self.processor.video_token_id).long()
+    def _positions_with_gaps(self, input_ids: Tensor) -> Tensor:
+        """Positions `(length,)` with a few random gaps among the tokens of videos; most neighbours stay neighbours."""
+        is_video = input_ids == self.processor.video_token_id
         stretch = 1 + (self.position_stretch - 1) * torch.rand((), generator=self._generator)
-        # Where the tokens stand in a stretch of length 1.
-        places = torch.rand(len(input_ids), generator=self._generator).sort().values
-        gaps = (stretch - 1) * len(input_ids) * places.diff(prepend=places.new_zeros(1)) * is_video
-        return (torch.arange(len(input_ids)) + gaps.cumsum(0)).long()
+        shares = torch.rand(_GAPS, generator=self._generator).sort().values.diff(prepend=torch.zeros(1))
+        places = torch.randint(len(input_ids), (_GAPS,), generator=self._generator)
+        gaps = torch.zeros(len(input_ids)).index_add(0, places, (stretch - 1) * len(input_ids) * shares)
+        return (torch.arange(len(input_ids)) + (gaps * is_video).cumsum(0)).long()
 
     def _sample(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """`input_ids` and `labels` of shape `(length,)` and the `media` of a record; None where it is unusable."""
