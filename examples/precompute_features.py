@@ -21,10 +21,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import mambamia_hf  # noqa: F401 - registers the Auto classes
-from mambamia_hf.training_data import MediaReader, VisionFeatures, load_records, media_path, parse_record
-
-
-FIRST_FILES = 20  # when none of so many can be read, something is wrong with the settings and not with the files
+from mambamia_hf.training_data import (
+    FIRST_TRIES,
+    MediaReader,
+    VisionFeatures,
+    load_records,
+    media_path,
+    parse_record,
+)
 
 
 @dataclass
@@ -119,9 +123,9 @@ def main(arguments: list[str] | None = None):
     model.base_model.vision_tower.to(options.device)
 
     files = media_files(load_records(options.data))
-    for _, path in files:
+    for path in (path for _, path in files if path in folder.shards):
         size = file_size(reader, path)
-        if path in folder.shards and size not in (None, folder.sizes[path]):
+        if size not in (None, folder.sizes[path]):
             raise ValueError(
                 f"'{path}' has {size} bytes and the file that the features in '{options.output}' were made from had "
                 f"{folder.sizes[path]}; choose another output folder."
@@ -137,7 +141,7 @@ def main(arguments: list[str] | None = None):
             bar.write(f"{path} is skipped: {pixels}")
             folder.skipped[path] = pixels
             failed += 1
-            if failed == tried == FIRST_FILES:
+            if failed == tried == FIRST_TRIES:
                 raise ValueError(
                     f"None of the first {tried} files can be read; the last is '{path}': {pixels} Check the paths and "
                     "the media folder."

@@ -203,8 +203,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
     output.mkdir(parents=True, exist_ok=True)
     with training.main_process_first(local=False):
         if checkpoint is None and training.process_index == 0:
-            for report in output.glob("samples_*.jsonl"):
-                report.unlink()
+            for earlier in output.glob("samples_*.jsonl"):
+                earlier.unlink()
     report = output / f"samples_{training.process_index}.jsonl"
 
     processor = AutoProcessor.from_pretrained(stage.model)

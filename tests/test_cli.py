@@ -19,7 +19,7 @@ from transformers import Qwen2Config
 from transformers.utils import logging
 from video_files import write_cut_video, write_sound, write_video
 
-from mambamia_hf import select_frames
+from mambamia_hf import cli, select_frames
 from mambamia_hf.cli import main
 from mambamia_hf.needle import write_needle_video
 
@@ -305,3 +305,9 @@ def test_the_program_itself(video):
     assert json.loads(printed)["frames"] == NUM_FRAMES
     assert "bundled checkpoint" in error.splitlines()[0]
     check_error(run_program("ask", video, QUESTION, "--model", "nobody/no-such-model"), "nobody/no-such-model", "Hub")
+
+
+@pytest.mark.parametrize("other", ["keep_frames", "keep_ratio"])
+def test_a_budget_and_a_threshold_from_python(other):
+    with pytest.raises(ValueError, match="Give one of keep_frames, keep_ratio and delta_threshold"):
+        cli.ask("nowhere", "nowhere.mp4", QUESTION, delta_threshold=0.5, **{other: 1})

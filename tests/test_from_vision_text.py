@@ -155,6 +155,8 @@ def test_sizes_follow_the_two_and_arguments(folder):
     )
     assert model.config.num_frame_tokens == 1
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="The compressor has no setting frame_dropout; set those of the whole model"):
+        MambaMiaForConditionalGeneration.from_vision_text_pretrained("nowhere", "nowhere", frame_dropout=0.5)
 
 
 def test_frames_are_resized_whole_and_normalised_as_the_towers(folder):

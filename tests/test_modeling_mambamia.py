@@ -195,6 +195,10 @@ def test_budget_and_threshold_in_one_batch(model, video, kept):
     for row, ids in enumerate((PROMPT, budget)):
         alone = model.generate(ids, pixel_values_videos=video, max_new_tokens=4, do_sample=False)
         assert torch.equal(out[row], alone[0, ids.shape[1] :])
+    explicit = model.config.delta_threshold
+    assert model(**batch, delta_threshold=explicit).selected_frames.sum(dim=1).tolist() == [kept[0], 5]
+    with pytest.raises(ValueError, match="Every video has a budget .of 5 frames., so delta_threshold=0.5"):
+        model(budget, pixel_values_videos=video, delta_threshold=0.5)
 
 
 @pytest.mark.parametrize("placeholders", [NUM_ANCHORS * LONG - 1, NUM_ANCHORS * (LONG + 1), 1])

@@ -167,9 +167,10 @@ def test_frames_with_and_without_needles():
             assert not off.any()
             continue
         rows, columns = np.nonzero(off)
-        assert off.any()
-        assert np.abs(rows - 64 * needle.y).max() < needle.size * 64
-        assert np.abs(columns - 96 * needle.x).max() < needle.size * 64
+        assert off.mean() > 0.008
+        reach = (1.0 if needle.halo else 0.6) * needle.size * 64
+        assert np.abs(rows - 64 * needle.y).max() < reach
+        assert np.abs(columns - 96 * needle.x).max() < reach
 
 
 def test_the_needle_is_where_the_truth_says():

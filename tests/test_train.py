@@ -113,7 +113,8 @@ class TestStages:
     def test_what_is_written_loads_and_says_how_many_were_skipped(self, folder, tmp_path, capsys):
         run(folder, tmp_path, "align")
         assert "1 samples were skipped and 0 were cut" in capsys.readouterr().out
-        assert [name for name, _ in train.reported_samples(tmp_path)["skipped"]] == ["broken"]
+        samples = train.reported_samples(tmp_path)
+        assert [name for name, _ in samples["skipped"]] == ["broken"] and samples["cut"] == set()
         AutoModelForImageTextToText.from_pretrained(tmp_path)
         assert AutoProcessor.from_pretrained(tmp_path).video_processor.num_frames == 384
 
@@ -282,9 +283,9 @@ class TestLogs:
         assert {"frames_per_second", "tokens_per_second", "peak_memory_gb"} <= logged[0].keys()
 
 
-def saved_bytes(model, **inputs) -> int:
-    """Bytes that a forward pass keeps for the backward pass, the weights left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in getattr(model, "parameters", list)()}
+def saved_bytes(model, call=None, **inputs) -> int:
+    """Bytes that a forward pass, or another call, keeps for the backward pass, the model's weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ def saved_bytes(model, **inputs) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(**inputs)
+        output = (call or model)(**inputs)
     assert output is not None
     return sum(storages.values())
 
@@ -318,9 +319,12 @@ def test_a_frozen_tower_keeps_nothing(checkpointing):
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     encode_frames, frames = model.model.encode_frames, random_videos(1, 8)[0]
-    assert saved_bytes(encode_frames, frames=frames) == 0
+    assert saved_bytes(model, encode_frames, frames=frames) == 0
     assert not encode_frames(frames).last_hidden_state.requires_grad
-    assert encode_frames(frames.requires_grad_()).last_hidden_state.requires_grad
+    assert encode_frames(frames.clone().requires_grad_()).last_hidden_state.requires_grad
+    model.model.vision_tower.requires_grad_(True)
+    tower = 4 * 8 * 16 * 24  # float32 * frames * patches * width: the input of every layer
+    assert saved_bytes(model, encode_frames, frames=frames) > tower
 
 
 def test_out_of_memory_comes_with_advice(folder, tmp_path):

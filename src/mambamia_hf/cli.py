@@ -94,16 +94,16 @@ def ask(
     """
     import torch
 
-    if plot is not None:
-        from .timeline import check_plot_path
-
-        check_plot_path(plot)
-    processor = _load_processor(checkpoint)
     if sum(option is not None for option in (keep_frames, keep_ratio, delta_threshold)) > 1:
         raise ValueError(
             f"Give one of keep_frames, keep_ratio and delta_threshold (got {keep_frames}, {keep_ratio} and "
             f"{delta_threshold})."
         )
+    if plot is not None:
+        from .timeline import check_plot_path
+
+        check_plot_path(plot)
+    processor = _load_processor(checkpoint)
     if delta_threshold is not None:
         keep_ratio = 1.0  # room for every frame, whatever budget the processor was saved with
     watch = _Stopwatch()
@@ -189,12 +189,14 @@ def _load_model(checkpoint: str | os.PathLike) -> "MambaMiaForConditionalGenerat
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", "auto"
     with _loading(checkpoint):
-        saved = MambaMiaConfig.from_pretrained(checkpoint).dtype
-        if device == "cpu" and saved != torch.float32 and not _multiplies_bfloat16_fast():
-            _say(f"{saved or 'bfloat16'} is slower than float32 on this CPU: the weights are loaded in float32.")
+        config = MambaMiaConfig.from_pretrained(checkpoint)
+        if device == "cpu" and config.dtype != torch.float32 and not _multiplies_bfloat16_fast():
+            _say(
+                f"{config.dtype or 'bfloat16'} is slower than float32 on this CPU: the weights are loaded in float32."
+            )
             dtype = torch.float32
         model, report = MambaMiaForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=dtype, output_loading_info=True
+            checkpoint, config=config, dtype=dtype, output_loading_info=True
         )
         if report["missing_keys"]:
             raise ValueError(f"it lacks {len(report['missing_keys'])} of the model's weights")

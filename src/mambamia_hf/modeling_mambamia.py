@@ -203,13 +203,13 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         tower, num_patches = self.vision_tower, math.prod(self.config.patch_grid(*frames.shape[-2:]))
         if output_hidden_states is None:
             output_hidden_states = tower.config.output_hidden_states
+        # Activation checkpointing would have the embeddings of a frozen tower require gradients.
+        learns = frames.requires_grad or not self.vision_tower_is_frozen
         features, hidden_states, attentions = [], [], []
         for chunk in frames.split(batch_size):
             if tower.device.type != "meta":  # where the tower is offloaded, its own hooks move the frames
                 chunk = chunk.to(tower.device)
             pixel_values, shape = self._tower_inputs(chunk.to(tower.dtype))
-            # Activation checkpointing would have the embeddings of a frozen tower require gradients.
-            learns = frames.requires_grad or not self.vision_tower_is_frozen
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                 outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
             patches = outputs.hidden_states[layer]
@@ -325,6 +325,14 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
             kwargs: more arguments of the vision tower, such as `output_hidden_states`.
         """
         frame_mask = _real_frames(frame_mask, pixel_values_videos, video_features)
+        if keep_frames is None or isinstance(keep_frames, int):
+            keep_frames = [keep_frames] * len(frame_mask)
+        if delta_threshold and None not in keep_frames:
+            raise ValueError(
+                f"Every video has a budget (of {', '.join(map(str, keep_frames))} frames), so delta_threshold="
+                f"{delta_threshold} is of no use; give one of them, and for a threshold a prompt of every frame "
+                f"(keep_ratio=1.0)."
+            )
         encoded = BaseModelOutput()
         if video_features is None:
             is_padded = not bool(frame_mask.all())
@@ -341,8 +349,6 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
         tokens, deltas = self.compress(video_features, frame_mask)
         frame_mask = frame_mask.to(tokens.device)
 
-        if keep_frames is None or isinstance(keep_frames, int):
-            keep_frames = [keep_frames] * len(tokens)
         selected = frame_mask.clone()
         for video, mask in enumerate(frame_mask):
             how = self._selection(int(mask.sum()), delta_threshold, delta_min_frames, keep_frames[video])
@@ -371,11 +377,6 @@ class MambaMiaModel(MambaMiaPreTrainedModel):
     ) -> dict[str, Any]:
         """The arguments of `select_frames` for one video; empty where every frame is kept."""
         if keep_frames is not None:
-            if delta_threshold:
-                raise ValueError(
-                    f"A budget of {keep_frames} frames and delta_threshold={delta_threshold} were given; give one of "
-                    f"them, and for a threshold a prompt of every frame (keep_ratio=1.0)."
-                )
             return {"keep_frames": keep_frames}
         config = self.config
         if delta_threshold is None and not self.training:

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-# When the first so many records are all unusable, something is wrong with the settings and not with the media.
-_FIRST_RECORDS = 20
+# When the first so many records or files are all unusable, something is wrong with the settings, not with the media.
+FIRST_TRIES = 20
 
 # In how many places the positions of a sample leave gaps.
 _GAPS = 10
@@ -461,7 +461,7 @@ class ConversationCollator:
     def _skip(self, record: dict[str, Any], reason: str) -> None:
         self._note(record, "skipped", reason)
         self._skipped += 1
-        if not self._used and self._skipped >= _FIRST_RECORDS:
+        if not self._used and self._skipped >= FIRST_TRIES:
             raise ValueError(
                 f"None of the first {int(self._skipped)} samples can be used; the last is {sample_id(record)!r}: "
                 f"{reason} Check the paths, the media folder and max_length."
