@@ -6,10 +6,10 @@
 What the first command made is shared: the vision tower, which stays frozen, the stills and the shorter videos, and
 their features; its stages after that are not needed. From there on every compressor and a language model learn from
 nothing, on the same data for as many steps, three times with different seeds. What counts is how often the answer
-about a fresh video of the test split is the right option, word for word. On the MambaMia models, ways to select frames
-are compared as well.
+about a fresh video of the test split is the right option, word for word, in videos as long as the longest of training
+and in videos four times as long. On the MambaMia models, ways to select frames are compared as well.
 
-The 24 runs share the cores, one thread and some three to eight minutes each. Those whose JSON is in `output_dir` are
+The 24 runs share the cores, one thread and some six to fifteen minutes each. Those whose JSON is in `output_dir` are
 not done again. The results go to `examples/results/`: `ablation.json`, `ablation.md`, `ablation.png`, `budget.png`.
 """
 
@@ -59,18 +59,24 @@ VARIANTS = {
     "no compression": ({"patches_per_anchor": 1}, NoCompression),
 }
 SEEDS = (0, 1, 2)
+TIMES_LONGER = (1, 4)  # test videos than the longest of training
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CALIBRATION_VIDEOS = 60  # of the training split, to find the threshold that keeps half of their frames
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of every run alike: frames of the longest training videos and of the test videos, and how much of what."""
+    """Of every run alike: frames of the longest training videos, and how much of what."""
 
     num_frames: int
     image_steps: int
     video_steps: int
     num_videos: int
+
+    @property
+    def test_frames(self) -> list[int]:
+        """Frames of the test videos."""
+        return [times * self.num_frames for times in TIMES_LONGER]
 
 
 def unseen_video(num_frames: int, folder: Path, seed: int) -> list[dict[str, Any]]:
@@ -80,15 +86,17 @@ def unseen_video(num_frames: int, folder: Path, seed: int) -> list[dict[str, Any
     return [record("video", f"{seed}.mp4", num_frames, question.prompt, question.answer) | {"task": made.task}]
 
 
-def write_test_videos(settings: Settings, needle: Path, output: Path) -> Path:
-    """The folder of the test videos and their features, made as those of the training videos were."""
-    folder = output / f"test-{settings.num_videos}x{settings.num_frames}"
-    write_data(folder, partial(unseen_video, settings.num_frames), settings.num_videos)
+def test_folder(output: Path, num_videos: int, num_frames: int) -> Path:
+    return output / f"test-{num_videos}x{num_frames}"
+
+
+def write_test_videos(folder: Path, num_videos: int, num_frames: int, needle: Path):
+    """Test videos and their features, made as those of the training videos were."""
+    write_data(folder, partial(unseen_video, num_frames), num_videos)
     precompute_features.main(
         f"--model {needle / 'vision'} --data {folder / RECORDS} --media_folder {folder} "
         f"--output {folder / 'features'} --num_frames {max(NUM_FRAMES)}".split()
     )
-    return folder
 
 
 def open_data(
@@ -255,7 +263,7 @@ def compare_selections(
     }
 
 
-def run(variant: str, seed: int, settings: Settings, needle: Path, test: Path) -> dict[str, Any]:
+def run(variant: str, seed: int, settings: Settings, needle: Path, output: Path) -> dict[str, Any]:
     """Trains and scores one variant with one seed."""
     torch.set_num_threads(1)
     model, processor = build(variant, seed, needle)
@@ -268,20 +276,24 @@ def run(variant: str, seed: int, settings: Settings, needle: Path, test: Path) -
     seconds = time.process_time() - start
 
     model.eval()
-    records, test_collator = open_data(test, test / "features", model, processor)
-    unseen = compress(model, test_collator, records)
-    result = {
+    calibration = compress(model, video_collator, videos[:CALIBRATION_VIDEOS]) if variant == MAMBAMIA else []
+    tests = {}
+    for num_frames in settings.test_frames:
+        folder = test_folder(output, settings.num_videos, num_frames)
+        records, test_collator = open_data(folder, folder / "features", model, processor)
+        unseen = compress(model, test_collator, records)
+        tests[str(num_frames)] = {"accuracy": accuracy(model, unseen, every_frame)}
+        if variant == MAMBAMIA:
+            tests[str(num_frames)] |= compare_selections(model, unseen, calibration)
+    return {
         "variant": variant,
         "seed": seed,
         "settings": vars(settings),
         "parameters": model.model.compressor.num_parameters(),
         "frame_tokens": processor.num_frame_tokens,
         "training_seconds": seconds,
-        "accuracy": accuracy(model, unseen, every_frame),
+        "tests": tests,
     }
-    if variant == MAMBAMIA:
-        result |= compare_selections(model, unseen, compress(model, video_collator, videos[:CALIBRATION_VIDEOS]))
-    return result
 
 
 def run_all(settings: Settings, needle: Path, output: Path, workers: int) -> list[dict[str, Any]]:
@@ -296,15 +308,18 @@ def run_all(settings: Settings, needle: Path, output: Path, workers: int) -> lis
     for file in files.values():
         if file.is_file() and json.loads(file.read_text())["settings"] != vars(settings):
             raise ValueError(f"'{file}' was made with other settings than {settings}; choose another output_dir.")
-    test = write_test_videos(settings, needle, output)
+    for num_frames in settings.test_frames:
+        folder = test_folder(output, settings.num_videos, num_frames)
+        write_test_videos(folder, settings.num_videos, num_frames, needle)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {
-            pool.submit(run, *job, settings, needle, test): file for job, file in files.items() if not file.is_file()
+            pool.submit(run, *job, settings, needle, output): file for job, file in files.items() if not file.is_file()
         }
         for job in as_completed(jobs):
             result = job.result()
             jobs[job].write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-            print(result["variant"], result["seed"], result["accuracy"], flush=True)
+            scores = {num_frames: test["accuracy"] for num_frames, test in result["tests"].items()}
+            print(result["variant"], result["seed"], scores, flush=True)
     return [json.loads(file.read_text()) for file in files.values()]
 
 
@@ -321,7 +336,6 @@ def over_seeds(accuracies: list[dict[str, float]]) -> dict[str, dict[str, float]
 def summarise(results: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     """Everything that the table and the plots show."""
     runs = {variant: [one for one in results if one["variant"] == variant] for variant in VARIANTS}
-    ours = runs[MAMBAMIA]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "settings": {**vars(settings), "seeds": len(SEEDS), **versions},
@@ -330,22 +344,35 @@ def summarise(results: list[dict[str, Any]], settings: Settings) -> dict[str, An
                 "parameters": of_variant[0]["parameters"],
                 "frame_tokens": of_variant[0]["frame_tokens"],
                 "training_seconds": mean(one["training_seconds"] for one in of_variant),
-                "accuracy": over_seeds([one["accuracy"] for one in of_variant]),
+                "accuracy": {
+                    num_frames: over_seeds([one["tests"][num_frames]["accuracy"] for one in of_variant])
+                    for num_frames in of_variant[0]["tests"]
+                },
             }
             for variant, of_variant in runs.items()
         },
-        "selections": {
-            name: {
-                "kept": mean(one["selections"][name]["kept"] for one in ours),
-                "accuracy": over_seeds([one["selections"][name]["accuracy"] for one in ours]),
-            }
-            for name in ours[0]["selections"]
-        },
-        "budgets": {
-            ratio: {how: over_seeds([one["budgets"][ratio][how] for one in ours]) for how in of_ratio}
-            for ratio, of_ratio in ours[0]["budgets"].items()
+        "tests": {
+            num_frames: summarise_selections([one["tests"][num_frames] for one in runs[MAMBAMIA]])
+            for num_frames in runs[MAMBAMIA][0]["tests"]
         },
         "runs": results,
+    }
+
+
+def summarise_selections(tests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds, what `compare_selections` gave."""
+    return {
+        "selections": {
+            name: {
+                "kept": mean(one["selections"][name]["kept"] for one in tests),
+                "accuracy": over_seeds([one["selections"][name]["accuracy"] for one in tests]),
+            }
+            for name in tests[0]["selections"]
+        },
+        "budgets": {
+            ratio: {how: over_seeds([one["budgets"][ratio][how] for one in tests]) for how in of_ratio}
+            for ratio, of_ratio in tests[0]["budgets"].items()
+        },
     }
 
 
@@ -354,70 +381,81 @@ def percent(value: dict[str, float]) -> str:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    settings, tasks = summary["settings"], (*TASKS, "all")
+    settings, columns = summary["settings"], (*TASKS, "all")
     lines = [
-        f"Accuracy in percent, mean and standard deviation over {settings['seeds']} seeds, on "
-        f"{settings['num_videos']} test videos of {settings['num_frames']} frames; chance is 25. All were trained for "
-        f"{settings['image_steps']} steps on stills and {settings['video_steps']} on videos.",
-        "",
-        f"| compressor | parameters | tokens a frame | {' | '.join(tasks)} | CPU minutes of training |",
-        f"| --- | ---: | ---: |{' ---: |' * len(tasks)} ---: |",
+        f"Accuracy in percent, mean and standard deviation over {settings['seeds']} seeds; chance is 25. All were "
+        f"trained for {settings['image_steps']} steps on stills and {settings['video_steps']} on videos of up to "
+        f"{settings['num_frames']} frames.",
     ]
-    for name, one in summary["variants"].items():
-        scores = " | ".join(percent(one["accuracy"][task]) for task in tasks)
-        minutes = one["training_seconds"] / 60
-        lines.append(f"| {name} | {one['parameters']:,} | {one['frame_tokens']} | {scores} | {minutes:.1f} |")
-    lines += [
-        "",
-        "Frames selected at inference, on the MambaMia models above:",
-        "",
-        f"| selection | frames kept | {' | '.join(tasks)} |",
-        f"| --- | ---: |{' ---: |' * len(tasks)}",
-    ]
-    for name, one in summary["selections"].items():
-        scores = " | ".join(percent(one["accuracy"][task]) for task in tasks)
-        lines.append(f"| {name} | {one['kept']:.0%} | {scores} |")
+    for num_frames, test in summary["tests"].items():
+        lines += [
+            "",
+            f"{settings['num_videos']} test videos of {num_frames} frames:",
+            "",
+            f"| compressor | parameters | tokens a frame | {' | '.join(columns)} | CPU minutes of training |",
+            f"| --- | ---: | ---: |{' ---: |' * len(columns)} ---: |",
+        ]
+        for name, one in summary["variants"].items():
+            scores = " | ".join(percent(one["accuracy"][num_frames][column]) for column in columns)
+            minutes = one["training_seconds"] / 60
+            lines.append(f"| {name} | {one['parameters']:,} | {one['frame_tokens']} | {scores} | {minutes:.1f} |")
+        lines += [
+            "",
+            f"The same {num_frames} frames, selected at inference, on the MambaMia models above:",
+            "",
+            f"| selection | frames kept | {' | '.join(columns)} |",
+            f"| --- | ---: |{' ---: |' * len(columns)}",
+        ]
+        for name, one in test["selections"].items():
+            scores = " | ".join(percent(one["accuracy"][column]) for column in columns)
+            lines.append(f"| {name} | {one['kept']:.0%} | {scores} |")
     return "\n".join(lines) + "\n"
 
 
 def plot_variants(summary: dict[str, Any], path: Path):
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots(1, len(TASKS) + 1, sharey=True)
-    names = list(summary["variants"])
-    for axis, task in zip(axes, (*TASKS, "all"), strict=True):
-        scores = [summary["variants"][name]["accuracy"][task] for name in names]
-        axis.barh(
-            names,
-            [100 * score["mean"] for score in scores],
-            xerr=[100 * score["std"] for score in scores],
-            color=["tab:blue" if name == MAMBAMIA else "tab:gray" for name in names],
-        )
-        axis.axvline(25, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=task, xlim=(0, 100), xlabel="accuracy, %")
-    axes[0].invert_yaxis()
+    columns, names = (*TASKS, "all"), list(summary["variants"])
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    rows = figure.subplots(len(summary["tests"]), len(columns), sharex=True, sharey=True)
+    for row, num_frames in zip(rows, summary["tests"], strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            scores = [summary["variants"][name]["accuracy"][num_frames][column] for name in names]
+            axis.barh(
+                names,
+                [100 * score["mean"] for score in scores],
+                xerr=[100 * score["std"] for score in scores],
+                color=["tab:blue" if name == MAMBAMIA else "tab:gray" for name in names],
+            )
+            axis.axvline(25, color="black", linewidth=0.8, linestyle=":")
+            axis.set(title=f"{column}, {num_frames} frames", xlim=(0, 100))
+    for axis in rows[-1]:
+        axis.set_xlabel("accuracy, %")
+    rows[0, 0].invert_yaxis()
     figure.savefig(path, dpi=120)
 
 
 def plot_budgets(summary: dict[str, Any], path: Path):
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots(1, len(TASKS), sharey=True)
-    shares = [100 * float(ratio) for ratio in summary["budgets"]]
-    for axis, task in zip(axes, TASKS, strict=True):
-        for how in ("exact budget", "uniform"):
-            scores = [of_ratio[how][task] for of_ratio in summary["budgets"].values()]
-            axis.errorbar(
-                shares,
-                [100 * score["mean"] for score in scores],
-                [100 * score["std"] for score in scores],
-                label="by Δ" if how == "exact budget" else how,
-                marker="o",
-                markersize=3,
-                capsize=2,
-            )
-        axis.axhline(25, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=task, ylim=(0, 100), xlabel="frames kept, %")
-    axes[0].set_ylabel("accuracy, %")
-    axes[0].legend()
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    rows = figure.subplots(len(summary["tests"]), len(TASKS), sharex=True, sharey=True)
+    for row, (num_frames, test) in zip(rows, summary["tests"].items(), strict=True):
+        shares = [100 * float(ratio) for ratio in test["budgets"]]
+        for axis, task in zip(row, TASKS, strict=True):
+            for how in ("exact budget", "uniform"):
+                scores = [of_ratio[how][task] for of_ratio in test["budgets"].values()]
+                axis.errorbar(
+                    shares,
+                    [100 * score["mean"] for score in scores],
+                    [100 * score["std"] for score in scores],
+                    label="by Δ" if how == "exact budget" else how,
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                )
+            axis.axhline(25, color="black", linewidth=0.8, linestyle=":")
+            axis.set(title=f"{task}, {num_frames} frames", ylim=(0, 105))
+        row[0].set_ylabel("accuracy, %")
+    for axis in rows[-1]:
+        axis.set_xlabel("frames kept, %")
+    rows[0, 0].legend()
     figure.savefig(path, dpi=120)
 
 
@@ -428,10 +466,10 @@ def main():
         "--output_dir", type=Path, required=True, help="for the test videos and the result of each run"
     )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="for table and plots")
-    parser.add_argument("--num_frames", type=int, default=32, help="of the longest training and of the test videos")
+    parser.add_argument("--num_frames", type=int, default=32, help="of the longest training videos")
     parser.add_argument("--image_steps", type=int, default=100)
-    parser.add_argument("--video_steps", type=int, default=850)
-    parser.add_argument("--num_videos", type=int, default=300, help="test videos in all")
+    parser.add_argument("--video_steps", type=int, default=1200)
+    parser.add_argument("--num_videos", type=int, default=300, help="test videos of each length")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     arguments = parser.parse_args()
     settings = Settings(arguments.num_frames, arguments.image_steps, arguments.video_steps, arguments.num_videos)

@@ -68,7 +68,7 @@ class StageArguments:
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video at most."})
     fps: float | None = field(default=None, metadata={"help": "Frames of a second at most."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})
-    position_stretch: float = field(
+    video_stretch: float = field(
         default=1.0,
         metadata={"help": "How many times longer the videos to be read are than those to be learned from."},
     )
@@ -209,11 +209,12 @@ def main(arguments: list[str] | None = None) -> Trainer:
 
     processor = AutoProcessor.from_pretrained(stage.model)
     model = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
+    model.config.compressor_config.time_stretch = stage.video_stretch
     media = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
     if stage.features is not None:
         media = VisionFeatures(stage.features, media.settings(model))
     dataset = open_dataset(stage.data, stage.streaming)
-    collator = ConversationCollator(processor, media, stage.max_length, report, stage.position_stretch)
+    collator = ConversationCollator(processor, media, stage.max_length, report, stage.video_stretch)
     if stage.features is not None and isinstance(dataset, list):
         collator.require_features(dataset)  # now rather than after hours
     trainer = Trainer(

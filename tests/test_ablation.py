@@ -82,12 +82,16 @@ def test_runs_and_their_summary(needle, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in ("MambaMia", "no compression")}
     )
-    settings = ablation.Settings(num_frames=64, image_steps=1, video_steps=1, num_videos=3)
-    test = ablation.write_test_videos(settings, needle, tmp_path)
-    results = [ablation.run(variant, 0, settings, needle, test) for variant in ablation.VARIANTS]
+    settings = ablation.Settings(num_frames=32, image_steps=1, video_steps=1, num_videos=3)
+    for num_frames in (32, 128):
+        folder = ablation.test_folder(tmp_path, 3, num_frames)
+        ablation.write_test_videos(folder, 3, num_frames, needle)
+    results = [ablation.run(variant, 0, settings, needle, tmp_path) for variant in ablation.VARIANTS]
     assert [result["frame_tokens"] for result in results] == [1, 9]
     for result in results:
-        assert set(result["accuracy"]) == {"retrieval", "ordering", "counting"}
+        assert list(result["tests"]) == ["32", "128"]
+        for test in result["tests"].values():
+            assert set(test["accuracy"]) == {"retrieval", "ordering", "counting"}
         for seed in (0, 1):
             name = result["variant"].replace(" ", "_")
             (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({**result, "seed": seed}))
@@ -100,8 +104,9 @@ def test_runs_and_their_summary(needle, tmp_path, monkeypatch):
         ("no compression", 1),
     ]
     summary = ablation.summarise(results, settings)
-    assert summary["selections"]["exact budget, 50 %"]["kept"] == 0.5
-    assert summary["budgets"]["1.0"]["uniform"] == summary["variants"]["MambaMia"]["accuracy"]
+    for num_frames, test in summary["tests"].items():
+        assert test["selections"]["exact budget, 50 %"]["kept"] == 0.5
+        assert test["budgets"]["1.0"]["uniform"] == summary["variants"]["MambaMia"]["accuracy"][num_frames]
     table = ablation.markdown(summary)
     assert "| no compression | " in table and "| uniform 50 % | 50% | " in table
     ablation.plot_variants(summary, tmp_path / "ablation.png")

@@ -146,6 +146,37 @@ def test_gradient_checkpointing_changes_nothing():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("settings", [{}, {"temporal_bidirectional": True}, {"mixer_type": "mamba1"}])
+def test_time_stretch_is_for_training_alone(settings):
+    compressor = tiny_compressor(gpa_dropout=0.0, initializer_range=0.5, **settings)
+    features = torch.randn(2, 8, 9, 12)
+    expected = compressor(features)
+    compressor.config.time_stretch = 4.0
+    assert torch.equal(compressor(features).last_hidden_state, expected.last_hidden_state)
+    stretched = compressor.train()(features)
+    torch.testing.assert_close(stretched.frame_deltas, expected.frame_deltas)
+    assert not torch.allclose(stretched.last_hidden_state, expected.last_hidden_state, atol=1e-3)
+    compressor.config.time_stretch = 1.0
+    torch.testing.assert_close(compressor(features).last_hidden_state, expected.last_hidden_state)
+
+
+def test_time_stretch_is_a_larger_step_in_the_quieter_half():
+    ssm = tiny_compressor().temporal_layers[0].mixer.forward_ssm
+    inputs = torch.randn(2, 6, sum(ssm.input_split))
+    _, delta, _ = ssm(inputs)
+    torch.manual_seed(0)
+    y, same_delta, _ = ssm(inputs, time_stretch=4.0)
+    assert torch.equal(same_delta, delta)
+    torch.manual_seed(0)
+    factor = 1 + 6 * torch.rand(2, 1, 1)
+    quiet = delta.mean(dim=-1).argsort(dim=1)[:, :3]
+    steps = delta.clone()
+    for row in range(2):
+        steps[row, quiet[row]] *= factor[row]
+    inputs[..., -ssm.config.num_heads :] = torch.log(torch.expm1(steps)) - ssm.dt_bias  # Δ = softplus(dt + dt_bias)
+    torch.testing.assert_close(y, ssm(inputs)[0])
+
+
 def test_save_and_load(tmp_path):
     compressor = tiny_compressor()
     compressor.save_pretrained(tmp_path)

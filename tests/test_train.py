@@ -164,14 +164,14 @@ class TestData:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("how", ["workers", "stream", "accumulation", "random positions"])
+    @pytest.mark.parametrize("how", ["workers", "stream", "accumulation", "stretched videos"])
     def test_losses_are_those_of_an_unbroken_run(self, folder, tmp_path, how):
         """With dropout, across the end of an epoch of 4 batches, and in the middle of one."""
         settings = {
             "workers": {"dataloader_num_workers": 2},
             "stream": {"data": "data.jsonl", "streaming": True},
             "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
-            "random positions": {"position_stretch": 4, "dataloader_num_workers": 2},
+            "stretched videos": {"video_stretch": 4, "dataloader_num_workers": 2},
         }[how]
         settings |= {"learning_rate": 1e-3, "max_steps": 7, "save_strategy": "steps", "save_steps": 2}
         unbroken = run(folder, tmp_path, **settings)

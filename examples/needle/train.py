@@ -11,7 +11,7 @@ As nothing is downloaded, the vision tower has to learn, too:
     image       compressor and language model learn on stills
     align       the compressor alone learns on videos
     video       compressor and language model learn on videos
-    long_video  the same, with the language model prepared for longer videos than these
+    long_video  the same, prepared for longer videos than these
 
 What `output_dir` already holds of an earlier run is not done again.
 """
@@ -280,14 +280,14 @@ class NeedleArguments:
     seed: int = 2025
 
 
-# What is trained in order, by the folder of its model: arguments of examples/train.py. In the last part the positions
-# of a video's tokens have gaps, so that the language model can read longer videos than those it sees.
+# What is trained in order, by the folder of its model: arguments of examples/train.py. In the last part videos seem
+# longer to compressor and language model than they are, so that both can read longer ones.
 BY_LENGTH = "--data videos --per_device_train_batch_size 12 --train_sampling_strategy group_by_length"
 STAGES = {
     "image": "--stage image --data stills --per_device_train_batch_size 48 --max_steps 300 --learning_rate 1e-3",
     "align": f"--stage align {BY_LENGTH} --max_steps 300 --learning_rate 1e-3",
     "video": f"--stage video {BY_LENGTH} --max_steps 6000 --learning_rate 1e-3",
-    "long_video": f"--stage video {BY_LENGTH} --max_steps 900 --learning_rate 5e-4 --position_stretch 4",
+    "long_video": f"--stage video {BY_LENGTH} --max_steps 1200 --learning_rate 5e-4 --video_stretch 8",
 }
 # How all of it is trained, the vision tower and the runs of examples/ablation.py included.
 OPTIMIZER = {"lr_scheduler_type": "cosine", "weight_decay": 0.05, "adam_beta2": 0.98, "report_to": "none"}

@@ -44,6 +44,18 @@ def _in_full(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _stretch_quiet_time(delta: Tensor, stretch: float) -> Tensor:
+    """Δ `(batch, length, heads)` with that of the half of the tokens that have least of it multiplied by a factor.
+
+    As Δ is the time that a token lasts for the scan, this is as if the sequence had up to `stretch` times the length,
+    and nothing went on in what was added. The factor is drawn for each sequence.
+    """
+    importance = delta.detach().mean(dim=-1, keepdim=True)
+    quiet = importance <= importance.median(dim=1, keepdim=True).values
+    factor = 1 + 2 * (stretch - 1) * torch.rand(len(delta), 1, 1, device=delta.device)
+    return torch.where(quiet, factor * delta, delta)
+
+
 class MambaMiaCausalConv1d(nn.Conv1d):
     """Causal depthwise convolution and SiLU; a module that is called, so that offloading brings its weights."""
 
@@ -76,6 +88,7 @@ class MambaMiaMamba2SSM(nn.Module):
         initial_states: Tensor | None = None,
         states_only: bool = False,
         outputs: slice = slice(None),
+        time_stretch: float = 1.0,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """
         Args:
@@ -84,10 +97,11 @@ class MambaMiaMamba2SSM(nn.Module):
             initial_states: `(batch, heads, head_dim, state_size)`, zero where absent.
             states_only: whether to leave the output out, at a fraction of the price.
             outputs: the tokens whose output is asked for.
+            time_stretch: how many times longer than they are sequences may seem to the scan.
 
         Returns:
-            The normed output of the scan `(batch, outputs, intermediate_size)`, before the gate; the step sizes Δ that
-            the scan took `(batch, length, heads)`, in float32; and the states after the last token.
+            The normed output of the scan `(batch, outputs, intermediate_size)`, before the gate; the step sizes Δ
+            `(batch, length, heads)`, in float32, without any stretch; and the states after the last token.
         """
         config = self.config
         xBC, dt = inputs.split(self.input_split, dim=-1)
@@ -101,7 +115,7 @@ class MambaMiaMamba2SSM(nn.Module):
             return None, delta, ssd_final_states(x, delta, A, B, initial_states)
         y, states = ssd_chunk_scan(
             x,
-            delta,
+            delta if time_stretch == 1 else _stretch_quiet_time(delta, time_stretch),
             A,
             B,
             C,
@@ -132,13 +146,16 @@ class MambaMiaMamba1SSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(channels, config.state_size))
         self.D = nn.Parameter(torch.empty(channels))
 
-    def forward(self, inputs: Tensor, outputs: slice = slice(None)) -> tuple[Tensor, Tensor, None]:
-        """`(batch, length, intermediate_size)` to the output of the scan, for `outputs`, and its Δ, for all tokens."""
+    def forward(
+        self, inputs: Tensor, outputs: slice = slice(None), time_stretch: float = 1.0
+    ) -> tuple[Tensor, Tensor, None]:
+        """`(batch, length, intermediate_size)` to the output of the scan, for `outputs`, and Δ, for all tokens."""
         x = self.conv1d(inputs)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
-        return selective_scan(x, delta, -_in_full(self.A_log).exp(), B, C, self.D)[:, outputs], delta, None
+        steps = delta if time_stretch == 1 else _stretch_quiet_time(delta, time_stretch)
+        return selective_scan(x, steps, -_in_full(self.A_log).exp(), B, C, self.D)[:, outputs], delta, None
 
 
 class MambaMiaInputProjection(nn.Linear):
@@ -161,10 +178,10 @@ class MambaMiaMixer(nn.Module):
         self.in_proj = MambaMiaInputProjection(config.hidden_size, sum(self.in_split), bias=False)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, time_stretch: float = 1.0) -> tuple[Tensor, Tensor]:
         """`(batch, length, hidden_size)` to the same shape, and the forward scan's Δ `(batch, length, heads)`."""
         z, inputs = self.project(hidden_states)
-        y, delta = self.scan(inputs)
+        y, delta = self.scan(inputs, time_stretch=time_stretch)
         return self.out_proj(y * nn.functional.silu(z)), delta
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,11 +201,12 @@ class MambaMiaMixer(nn.Module):
             return self.in_proj(hidden_states, outputs)
         return self.in_proj(hidden_states)[..., outputs]  # an adapter or a quantized layer in its place gives them all
 
-    def scan(self, inputs: Tensor, every: int = 1) -> tuple[Tensor, Tensor]:
+    def scan(self, inputs: Tensor, every: int = 1, time_stretch: float = 1.0) -> tuple[Tensor, Tensor]:
         """The sum of both directions' normed outputs, for the last of `every` so many tokens, and the forward Δ."""
-        y, delta, _ = self.forward_ssm(inputs, outputs=slice(every - 1, None, every))
+        y, delta, _ = self.forward_ssm(inputs, outputs=slice(every - 1, None, every), time_stretch=time_stretch)
         if self.backward_ssm is not None:
-            y = y + self.backward_ssm(inputs.flip(1), outputs=slice(0, None, every))[0].flip(1)
+            backward = self.backward_ssm(inputs.flip(1), outputs=slice(0, None, every), time_stretch=time_stretch)
+            y = y + backward[0].flip(1)
         return y, delta
 
 
@@ -343,6 +361,7 @@ class MambaMiaTemporalBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
+        self.config = config
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = MambaMiaMixer(config, config.temporal_bidirectional)
 
@@ -350,7 +369,7 @@ class MambaMiaTemporalBlock(GradientCheckpointingLayer):
         """`(batch, frames, anchors, hidden_size)` to the same shape, and Δ of every frame `(batch, frames)`."""
         batch_size = hidden_states.shape[0]
         over_time = self.norm(hidden_states).transpose(1, 2).flatten(0, 1)
-        mixed, delta = self.mixer(over_time)
+        mixed, delta = self.mixer(over_time, self.config.time_stretch if self.training else 1.0)
         mixed = mixed.unflatten(0, (batch_size, -1)).transpose(1, 2)
         return hidden_states + mixed, delta.unflatten(0, (batch_size, -1)).mean(dim=(1, 3))
 
