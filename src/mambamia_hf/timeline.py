@@ -87,9 +87,9 @@ def format_time(seconds: float, decimals: int = 0) -> str:
 
 
 def thumbnail_frames(frame_deltas: Sequence[float], selected_frames: Sequence[int]) -> list[int]:
-    """Which kept frames to show, at most `MAX_THUMBNAILS`: that of the largest Δ out of each of as many stretches."""
-    stretches = np.array_split(np.asarray(selected_frames), min(MAX_THUMBNAILS, len(selected_frames)))
-    return [int(stretch[np.argmax(np.asarray(frame_deltas)[stretch])]) for stretch in stretches]
+    """Which kept frames to show, in order of time: those of the largest Δ, at most `MAX_THUMBNAILS`."""
+    by_delta = sorted(selected_frames, key=lambda frame: frame_deltas[frame], reverse=True)
+    return sorted(map(int, by_delta[:MAX_THUMBNAILS]))
 
 
 def plot_timeline(
@@ -140,7 +140,7 @@ def plot_timeline(
         _draw_deltas(axes, times, deltas, kept, cuts)
         _draw_strip(figure, axes, times, shown, images, height * aspect, height)
         if len(shown) < kept.sum():
-            note = f"{len(shown)} of the {kept.sum()} kept frames shown: that of the largest Δ in each stretch of time"
+            note = f"{len(shown)} of the {kept.sum()} kept frames shown: those of the largest Δ"
             figure.text(_LEFT / _WIDTH, _NOTE_BOTTOM / _HEIGHT, note, size=11, color=_MUTED)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
