@@ -9,7 +9,7 @@ nothing, on the same data for as many steps, three times with different seeds. W
 about a fresh video of the test split is the right option, word for word, in videos as long as the longest of training
 and in videos four times as long. On the MambaMia models, ways to select frames are compared as well.
 
-The 24 runs share the cores, one thread and some six to fifteen minutes each. Those whose JSON is in `output_dir` are
+The 24 runs share the cores, one thread and some five to fifteen minutes each. Those whose JSON is in `output_dir` are
 not done again. The results go to `examples/results/`: `ablation.json`, `ablation.md`, `ablation.png`, `budget.png`.
 """
 
@@ -426,7 +426,7 @@ def plot_variants(summary: dict[str, Any], path: Path):
                 color=["tab:blue" if name == MAMBAMIA else "tab:gray" for name in names],
             )
             axis.axvline(25, color="black", linewidth=0.8, linestyle=":")
-            axis.set(title=f"{column}, {num_frames} frames", xlim=(0, 100))
+            axis.set(title=f"{column}\n{num_frames} frames", xlim=(0, 100))
     for axis in rows[-1]:
         axis.set_xlabel("accuracy, %")
     rows[0, 0].invert_yaxis()
@@ -434,28 +434,28 @@ def plot_variants(summary: dict[str, Any], path: Path):
 
 
 def plot_budgets(summary: dict[str, Any], path: Path):
+    """The runs as thin lines and their mean as a thick one."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     rows = figure.subplots(len(summary["tests"]), len(TASKS), sharex=True, sharey=True)
-    for row, (num_frames, test) in zip(rows, summary["tests"].items(), strict=True):
-        shares = [100 * float(ratio) for ratio in test["budgets"]]
+    runs = [one for one in summary["runs"] if one["variant"] == MAMBAMIA]
+    shares = [100 * ratio for ratio in BUDGETS]
+    for row, num_frames in zip(rows, summary["tests"], strict=True):
         for axis, task in zip(row, TASKS, strict=True):
-            for how in ("exact budget", "uniform"):
-                scores = [of_ratio[how][task] for of_ratio in test["budgets"].values()]
-                axis.errorbar(
-                    shares,
-                    [100 * score["mean"] for score in scores],
-                    [100 * score["std"] for score in scores],
-                    label="by Δ" if how == "exact budget" else how,
-                    marker="o",
-                    markersize=3,
-                    capsize=2,
-                )
+            for how, label, colour in (("exact budget", "by Δ", "tab:blue"), ("uniform", "uniform", "tab:orange")):
+                of_runs = [
+                    [100 * budget[how][task] for budget in one["tests"][num_frames]["budgets"].values()]
+                    for one in runs
+                ]
+                for scores in of_runs:
+                    axis.plot(shares, scores, color=colour, linewidth=0.8, alpha=0.5)
+                means = [mean(scores) for scores in zip(*of_runs, strict=True)]
+                axis.plot(shares, means, color=colour, linewidth=2, marker="o", markersize=3, label=label)
             axis.axhline(25, color="black", linewidth=0.8, linestyle=":")
             axis.set(title=f"{task}, {num_frames} frames", ylim=(0, 105))
         row[0].set_ylabel("accuracy, %")
     for axis in rows[-1]:
         axis.set_xlabel("frames kept, %")
-    rows[0, 0].legend()
+    rows[-1, -1].legend(loc="upper right")
     figure.savefig(path, dpi=120)
 
 
