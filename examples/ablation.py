@@ -73,10 +73,10 @@ class Settings:
     video_steps: int
     num_videos: int
 
-    @property
-    def test_frames(self) -> list[int]:
-        """Frames of the test videos."""
-        return [times * self.num_frames for times in TIMES_LONGER]
+    def test_folders(self, output: Path) -> dict[int, Path]:
+        """Where the test videos are, by their number of frames."""
+        lengths = [times * self.num_frames for times in TIMES_LONGER]
+        return {num_frames: output / f"test-{self.num_videos}x{num_frames}" for num_frames in lengths}
 
 
 def unseen_video(num_frames: int, folder: Path, seed: int) -> list[dict[str, Any]]:
@@ -84,10 +84,6 @@ def unseen_video(num_frames: int, folder: Path, seed: int) -> list[dict[str, Any
     made = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test")
     question = multiple_choice(made, seed)
     return [record("video", f"{seed}.mp4", num_frames, question.prompt, question.answer) | {"task": made.task}]
-
-
-def test_folder(output: Path, num_videos: int, num_frames: int) -> Path:
-    return output / f"test-{num_videos}x{num_frames}"
 
 
 def write_test_videos(folder: Path, num_videos: int, num_frames: int, needle: Path):
@@ -278,8 +274,7 @@ def run(variant: str, seed: int, settings: Settings, needle: Path, output: Path)
     model.eval()
     calibration = compress(model, video_collator, videos[:CALIBRATION_VIDEOS]) if variant == MAMBAMIA else []
     tests = {}
-    for num_frames in settings.test_frames:
-        folder = test_folder(output, settings.num_videos, num_frames)
+    for num_frames, folder in settings.test_folders(output).items():
         records, test_collator = open_data(folder, folder / "features", model, processor)
         unseen = compress(model, test_collator, records)
         tests[str(num_frames)] = {"accuracy": accuracy(model, unseen, every_frame)}
@@ -308,8 +303,7 @@ def run_all(settings: Settings, needle: Path, output: Path, workers: int) -> lis
     for file in files.values():
         if file.is_file() and json.loads(file.read_text())["settings"] != vars(settings):
             raise ValueError(f"'{file}' was made with other settings than {settings}; choose another output_dir.")
-    for num_frames in settings.test_frames:
-        folder = test_folder(output, settings.num_videos, num_frames)
+    for num_frames, folder in settings.test_folders(output).items():
         write_test_videos(folder, settings.num_videos, num_frames, needle)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {
@@ -439,16 +433,13 @@ def plot_budgets(summary: dict[str, Any], path: Path):
     rows = figure.subplots(len(summary["tests"]), len(TASKS), sharex=True, sharey=True)
     runs = [one for one in summary["runs"] if one["variant"] == MAMBAMIA]
     shares = [100 * ratio for ratio in BUDGETS]
-    for row, num_frames in zip(rows, summary["tests"], strict=True):
+    for row, (num_frames, test) in zip(rows, summary["tests"].items(), strict=True):
         for axis, task in zip(row, TASKS, strict=True):
             for how, label, colour in (("exact budget", "by Δ", "tab:blue"), ("uniform", "uniform", "tab:orange")):
-                of_runs = [
-                    [100 * budget[how][task] for budget in one["tests"][num_frames]["budgets"].values()]
-                    for one in runs
-                ]
-                for scores in of_runs:
+                for one in runs:
+                    scores = [100 * budget[how][task] for budget in one["tests"][num_frames]["budgets"].values()]
                     axis.plot(shares, scores, color=colour, linewidth=0.8, alpha=0.5)
-                means = [mean(scores) for scores in zip(*of_runs, strict=True)]
+                means = [100 * budget[how][task]["mean"] for budget in test["budgets"].values()]
                 axis.plot(shares, means, color=colour, linewidth=2, marker="o", markersize=3, label=label)
             axis.axhline(25, color="black", linewidth=0.8, linestyle=":")
             axis.set(title=f"{task}, {num_frames} frames", ylim=(0, 105))

@@ -95,6 +95,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[StageArguments, Traini
             f"lora_rank={stage.lora_rank} and the language model does not learn in stage {stage.stage}; leave "
             "lora_rank out or choose stage image or video."
         )
+    if stage.video_stretch < 1:
+        raise ValueError(f"video_stretch must be at least 1, not {stage.video_stretch}; 1 leaves videos as they are.")
     training.learning_rate = learning_rate if training.learning_rate is None else training.learning_rate
     training.remove_unused_columns = False  # the collator needs the records as they are
     training.accelerator_config.dispatch_batches = False  # batches of a stream differ in shape

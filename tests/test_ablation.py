@@ -83,8 +83,7 @@ def test_runs_and_their_summary(needle, tmp_path, monkeypatch):
         ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in ("MambaMia", "no compression")}
     )
     settings = ablation.Settings(num_frames=32, image_steps=1, video_steps=1, num_videos=3)
-    for num_frames in (32, 128):
-        folder = ablation.test_folder(tmp_path, 3, num_frames)
+    for num_frames, folder in settings.test_folders(tmp_path).items():
         ablation.write_test_videos(folder, 3, num_frames, needle)
     results = [ablation.run(variant, 0, settings, needle, tmp_path) for variant in ablation.VARIANTS]
     assert [result["frame_tokens"] for result in results] == [1, 9]

@@ -258,6 +258,11 @@ class TestArguments:
             train.parse_arguments([str(tmp_path / "a.yaml"), "--data", "a.json", "--output_dir", str(tmp_path)])
         assert "modle" in str(error.value) + capsys.readouterr().err
 
+    def test_a_stretch_that_would_shorten(self, tmp_path):
+        arguments = ["--stage", "video", "--model", "somewhere", "--data", "a.json", "--output_dir", str(tmp_path)]
+        with pytest.raises(ValueError, match="video_stretch must be at least 1, not 0.5"):
+            train.parse_arguments([*arguments, "--video_stretch", "0.5"])
+
     @pytest.mark.parametrize("stage", train.STAGES)
     def test_the_configs_that_come_along(self, stage, tmp_path):
         arguments = ["--model", "somewhere", "--data", "a.json", "--output_dir", str(tmp_path), "--bf16", "false"]

@@ -50,6 +50,8 @@ def _stretch_quiet_time(delta: Tensor, stretch: float) -> Tensor:
     As Δ is the time that a token lasts for the scan, this is as if the sequence had up to `stretch` times the length,
     and nothing went on in what was added. The factor is drawn for each sequence.
     """
+    if stretch == 1:
+        return delta
     importance = delta.detach().mean(dim=-1, keepdim=True)
     quiet = importance <= importance.median(dim=1, keepdim=True).values
     factor = 1 + 2 * (stretch - 1) * torch.rand(len(delta), 1, 1, device=delta.device)
@@ -115,7 +117,7 @@ class MambaMiaMamba2SSM(nn.Module):
             return None, delta, ssd_final_states(x, delta, A, B, initial_states)
         y, states = ssd_chunk_scan(
             x,
-            delta if time_stretch == 1 else _stretch_quiet_time(delta, time_stretch),
+            _stretch_quiet_time(delta, time_stretch),
             A,
             B,
             C,
@@ -154,7 +156,7 @@ class MambaMiaMamba1SSM(nn.Module):
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
-        steps = delta if time_stretch == 1 else _stretch_quiet_time(delta, time_stretch)
+        steps = _stretch_quiet_time(delta, time_stretch)
         return selective_scan(x, steps, -_in_full(self.A_log).exp(), B, C, self.D)[:, outputs], delta, None
 
 
