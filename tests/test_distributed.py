@@ -92,7 +92,7 @@ def train_with_two_processes(config: str, arguments: list[str]) -> str:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
     command += ["--config_file", EXAMPLES / "configs" / f"{config}.yaml"]
-    command += [Path(__file__).parent / "fsdp_on_cpu.py", EXAMPLES / "train.py", *arguments]
+    command += [Path(__file__).parent / "helpers" / "fsdp_on_cpu.py", EXAMPLES / "train.py", *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-8000:]
     return result.stdout

@@ -27,9 +27,9 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What tests/interpreted_kernels.py writes: a pair a case, the kernels' tensors and the PyTorch engine's."""
+    """What tests/helpers/interpreted_kernels.py writes: a pair a case, the kernels' tensors and the PyTorch engine's."""
     output = tmp_path_factory.mktemp("kernels") / "results.pt"
-    script = Path(__file__).with_name("interpreted_kernels.py")
+    script = Path(__file__).parent / "helpers" / "interpreted_kernels.py"
     subprocess.run([sys.executable, script, output], check=True)
     return torch.load(output)
 

@@ -36,6 +36,9 @@ VideoSource = str | os.PathLike | bytes | BinaryIO
 # More decoders would hold more pictures than is worth the time that they save.
 _MAX_THREADS = 8
 
+# Before PyAV 19, metadata that is not UTF-8 is an error unless it is replaced.
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 # In their packets it says up front whether another frame refers to a frame.
 _CODECS_WITH_MARKED_FRAMES = ("h264", "hevc")
 
@@ -238,7 +241,7 @@ def _open_video(
     path: str, name: str, threads: int = 1
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        container = av.open(path, metadata_errors="replace")
+        container = av.open(path, **_OPEN_OPTIONS)
     except av.FFmpegError as error:
         raise ValueError(
             f"{name} cannot be read as a video ({error.strerror}): it is not a video file, or a part of it is "

@@ -16,7 +16,7 @@ import transformers
 from filelock import FileLock
 
 
-CACHE = Path(os.environ.get("MAMBAMIA_TRANSFORMERS_TESTS", Path(__file__).parent / ".transformers"))
+CACHE = Path(os.environ.get("MAMBAMIA_TRANSFORMERS_TESTS", Path(__file__).parents[1] / ".transformers"))
 
 # What the tests import and the archive lacks. The mixins that stand in add no test; the files that the tests would
 # take from the Hub are looked up in `LOCAL_FILES` by name.
