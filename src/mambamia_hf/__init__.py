@@ -1,11 +1,20 @@
-"""MambaMia for Hugging Face Transformers: questions about hour-long videos."""
+"""MambaMia for Hugging Face Transformers: questions about hour-long videos.
+
+Importing the package takes no time: its classes load when they are used, and are registered with Transformers' Auto
+classes as soon as Transformers is imported.
+"""
 
 import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BUNDLED_CHECKPOINT",
     "MambaMiaCompressor",
@@ -22,14 +31,53 @@ __all__ = [
 # Folder of the small checkpoint that comes with the package.
 BUNDLED_CHECKPOINT = str(Path(__file__).parent / "checkpoint")
 
+if TYPE_CHECKING:
+    from .auto import (
+        MambaMiaCompressor,
+        MambaMiaCompressorConfig,
+        MambaMiaConfig,
+        MambaMiaEncoder,
+        MambaMiaForConditionalGeneration,
+        MambaMiaModel,
+        MambaMiaProcessor,
+        MambaMiaVideoProcessor,
+        select_frames,
+    )
+else:  # a type checker would take any name for one that `__getattr__` knows
 
-def __getattr__(name: str):
-    if name not in __all__:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(".auto", __name__), name)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        return getattr(import_module(".auto", __name__), name)
 
 
-# Importing the package registers its classes with Transformers. Only the program `mambamia` waits with that until it
-# needs them, so that --help and wrong arguments are answered at once.
-if Path(*sys.argv[:1]).name.removesuffix(".exe") != "mambamia":
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _RegistersOnImport(MetaPathFinder, Loader):
+    """Loads Transformers as usual, then registers the classes of this package with its Auto classes."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        import_module(".auto", __name__)
+
+
+if "transformers" in sys.modules:
     import_module(".auto", __name__)
+else:
+    sys.meta_path.insert(0, _RegistersOnImport())

@@ -1,7 +1,7 @@
 """Configurations of MambaMia: the compressor alone, and vision tower + compressor + language model."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -232,15 +232,28 @@ class MambaMiaConfig(PreTrainedConfig):
     """
 
     model_type = "mambamia"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # not gathered by `Trainer` in evaluation
+        "cache",
+        "past_key_values",
+        "cache_params",
+        "image_outputs",
+        "video_outputs",
+        "token_indices",
+    ]
     sub_configs: ClassVar[dict[str, Any]] = {
         "vision_config": AutoConfig,
         "text_config": AutoConfig,
         "compressor_config": MambaMiaCompressorConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    compressor_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # after construction
+        vision_config: PreTrainedConfig
+        text_config: PreTrainedConfig
+        compressor_config: MambaMiaCompressorConfig
+    else:  # what construction takes
+        vision_config: dict | PreTrainedConfig | None = None
+        text_config: dict | PreTrainedConfig | None = None
+        compressor_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_feature_layer: int = -2
@@ -369,7 +382,8 @@ def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[s
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width
 
 
 __all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig"]

@@ -28,6 +28,18 @@ _AUTO_MAP = {
 
 
 @dataclass
+class MambaMiaPatchFeaturesOutput(BaseModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(num_frames, num_patches, vision_size)`):
+            The patch features of each frame.
+        hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*): of each layer of the vision tower.
+    """
+
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # optional as in any output, but always set
+
+
+@dataclass
 class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
     """
     Args:
@@ -47,16 +59,18 @@ class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
             True for real frames, False for padding.
     """
 
-    frame_deltas: torch.FloatTensor | None = None
-    keep_mask: torch.BoolTensor | None = None
-    frame_mask: torch.BoolTensor | None = None
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # optional as in any output, but nearly always set
+    pooler_output: list[Tensor] = None  # type: ignore[assignment]  # one tensor per image or video
+    frame_deltas: Tensor | None = None
+    keep_mask: Tensor | None = None
+    frame_mask: Tensor | None = None
 
 
 class MambaMiaPreTrainedModel(PreTrainedModel):
     config: MambaMiaConfig
     config_class = MambaMiaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ["image", "video", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MambaMiaSpatialBlock", "MambaMiaTemporalBlock"]
     _skip_keys_device_placement = [CACHE_NAME]
@@ -66,12 +80,12 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MambaMiaEncoderBase) and module.end_of_frame is not None:
             init.normal_(module.end_of_frame, std=module.end_of_frame.numel() ** -0.5)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As any model's; the code goes along, so that it loads where this package is not installed."""
         self.config.auto_map = dict(_AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
@@ -104,7 +118,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         vision_batch_size: int | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> MambaMiaPatchFeaturesOutput:
         """Patch features of frames, `vision_batch_size` frames at a time.
 
         Args:
@@ -132,7 +146,9 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             output_hidden_states = tower.config.output_hidden_states
         # Activation checkpointing would make the embeddings of a frozen tower require gradients.
         learns = frames.requires_grad or not self.vision_tower_is_frozen
-        features, hidden_states, attentions = [], [], []
+        features: list[Tensor] = []
+        hidden_states: list[tuple[Tensor, ...] | None] = []
+        attentions: list[tuple[Tensor, ...] | None] = []
         for batch in frames.split(batch_size):
             if tower.device.type != "meta":  # the hooks of an offloaded tower move the frames
                 batch = batch.to(tower.device)
@@ -145,7 +161,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             features.append(patches[:, -num_patches:])  # without the class token that CLIP puts in front
             hidden_states.append(outputs.hidden_states if output_hidden_states else None)
             attentions.append(outputs.get("attentions"))
-        return BaseModelOutput(
+        return MambaMiaPatchFeaturesOutput(
             last_hidden_state=torch.cat(features),
             hidden_states=_cat_layers(hidden_states),
             attentions=_cat_layers(attentions),
@@ -211,10 +227,10 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         Raises:
             ValueError: unless exactly one of pixels and features is given, in its shape.
         """
-        _given_media(pixel_values=pixel_values, patch_features=patch_features)
-        encoded = BaseModelOutput(last_hidden_state=patch_features)
+        images = _given_media(pixel_values=pixel_values, patch_features=patch_features)
+        encoded = MambaMiaPatchFeaturesOutput(last_hidden_state=images)
         if patch_features is None:
-            encoded = self.encode_frames(pixel_values, vision_feature_layer, vision_batch_size, **kwargs)
+            encoded = self.encode_frames(images, vision_feature_layer, vision_batch_size, **kwargs)
         tokens, deltas = self.compress(encoded.last_hidden_state.unsqueeze(1))
         all_frames = torch.ones_like(tokens[:, :, 0, 0], dtype=torch.bool)
         return MambaMiaFeaturesOutput(
@@ -274,8 +290,9 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 f"{delta_threshold} is of no use; give one of them, and for a threshold a prompt of every frame "
                 f"(keep_ratio=1.0)."
             )
-        encoded = BaseModelOutput()
+        encoded = MambaMiaPatchFeaturesOutput()
         if patch_features_videos is None:
+            assert pixel_values_videos is not None  # one of both, `real_frames` has checked
             encoded, patch_features_videos = self._encode_videos(
                 pixel_values_videos,
                 frame_mask,
@@ -298,7 +315,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
 
     def _encode_videos(
         self, pixel_values_videos: Tensor, frame_mask: Tensor, **kwargs: Any
-    ) -> tuple[BaseModelOutput, Tensor]:
+    ) -> tuple[MambaMiaPatchFeaturesOutput, Tensor]:
         """What `encode_frames` gives for the real frames, and the features in the shape of the padded videos."""
         is_padded = not bool(frame_mask.all())
         frames = pixel_values_videos.flatten(0, 1)
@@ -324,12 +341,12 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         keep_mask = frame_mask.clone()
         for video, mask in enumerate(frame_mask):
             how = self._selection(int(mask.sum()), budgets[video], delta_threshold, delta_min_frames)
-            if how and deltas is None:
-                raise ValueError(
-                    f"Selecting frames by {how} needs the Δ of a temporal layer, and num_temporal_layers is 0; keep "
-                    f"every frame."
-                )
             if how:
+                if deltas is None:
+                    raise ValueError(
+                        f"Selecting frames by {how} needs the Δ of a temporal layer, and num_temporal_layers is 0; "
+                        f"keep every frame."
+                    )
                 keep_mask[video] = select_frames(deltas[video : video + 1], frame_mask=mask[None], **how)[0]
             elif self.training and self.config.frame_dropout:
                 share = self.config.frame_dropout * torch.rand((), device=mask.device)
@@ -427,4 +444,10 @@ def _cat_layers(batches: list[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] 
     return tuple(torch.cat(layer) for layer in zip(*layers, strict=True)) if layers else None
 
 
-__all__ = ["MambaMiaEncoder", "MambaMiaEncoderBase", "MambaMiaFeaturesOutput", "MambaMiaPreTrainedModel"]
+__all__ = [
+    "MambaMiaEncoder",
+    "MambaMiaEncoderBase",
+    "MambaMiaFeaturesOutput",
+    "MambaMiaPatchFeaturesOutput",
+    "MambaMiaPreTrainedModel",
+]

@@ -3,6 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ class MambaMiaModelOutputWithPast(_MediaProperties, BaseModelOutputWithPast):
 
     image_outputs: MambaMiaFeaturesOutput | None = None
     video_outputs: MambaMiaFeaturesOutput | None = None
-    token_indices: torch.LongTensor | None = None
+    token_indices: Tensor | None = None
 
 
 @dataclass
@@ -104,7 +105,7 @@ class MambaMiaCausalLMOutputWithPast(_MediaProperties, CausalLMOutputWithPast):
 
     image_outputs: MambaMiaFeaturesOutput | None = None
     video_outputs: MambaMiaFeaturesOutput | None = None
-    token_indices: torch.LongTensor | None = None
+    token_indices: Tensor | None = None
 
 
 class MultimodalEmbeddings(NamedTuple):
@@ -164,6 +165,8 @@ class MambaMiaModel(MambaMiaEncoderBase):
         ):
             if input_ids is not None:
                 mask = input_ids == token_id
+            elif inputs_embeds is None:
+                raise ValueError("Give input_ids or inputs_embeds, not neither.")
             elif token_id >= self.config.text_config.vocab_size:  # has no embedding that could be found
                 mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             else:
@@ -176,13 +179,13 @@ class MambaMiaModel(MambaMiaEncoderBase):
 
     def embed_multimodal(
         self,
-        input_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_length: int = 0,
-        pixel_values: torch.FloatTensor | None = None,
-        patch_features: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
+        patch_features: Tensor | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
@@ -210,7 +213,10 @@ class MambaMiaModel(MambaMiaEncoderBase):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"Give input_ids or inputs_embeds, not {'neither' if input_ids is None else 'both'}.")
         outputs = dict(mm_encoder_outputs or {})
-        vision = {"vision_feature_layer": vision_feature_layer, "vision_batch_size": vision_batch_size}
+        vision: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_batch_size": vision_batch_size,
+        }
         image_places, video_places = self.get_placeholder_mask(input_ids, inputs_embeds)
         if pixel_values is not None or patch_features is not None:
             outputs["image"] = self.get_image_features(
@@ -219,6 +225,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
         if any(videos.get(name) is not None for name in ("pixel_values_videos", "patch_features_videos")):
             outputs["video"] = self._encode_videos_of_prompt(video_places.squeeze(-1), **videos, **vision)
         if inputs_embeds is None:
+            assert input_ids is not None
             # Placeholders may be numbered beyond the vocabulary; features take their places.
             beyond = (image_places | video_places).squeeze(-1) & (input_ids >= self.config.text_config.vocab_size)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(beyond, 0))
@@ -258,9 +265,10 @@ class MambaMiaModel(MambaMiaEncoderBase):
             video_places: `(batch_size, sequence_length)`, True where the video tokens stand.
             num_kept_frames, keep_frames, keep_ratio, videos: arguments of `get_video_features`.
         """
-        pixels, features = videos.get("pixel_values_videos"), videos.get("patch_features_videos")
+        pixels: Any = videos.get("pixel_values_videos")
+        features: Any = videos.get("patch_features_videos")
         num_frames = real_frames(videos.get("frame_mask"), pixels, features).sum(dim=1).tolist()
-        if features is None:
+        if pixels is not None:
             tokens_per_frame = self.config.tokens_per_frame(*pixels.shape[-2:])
         else:
             tokens_per_frame = self.config.compressor_config.num_anchors(features.shape[2]) + self.config.end_of_frame
@@ -289,26 +297,26 @@ class MambaMiaModel(MambaMiaEncoderBase):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        frame_mask: torch.BoolTensor | None = None,
-        num_kept_frames: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        num_kept_frames: Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
         delta_threshold: float | None = None,
         delta_min_frames: int | None = None,
-        patch_features: torch.FloatTensor | None = None,
-        patch_features_videos: torch.FloatTensor | None = None,
+        patch_features: Tensor | None = None,
+        patch_features_videos: Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MambaMiaModelOutputWithPast | tuple:
         """
@@ -332,10 +340,11 @@ class MambaMiaModel(MambaMiaEncoderBase):
         """
         cache = take_cache({**kwargs, "cache": cache})
         kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache_params")}
-        new = input_ids if inputs_embeds is None else inputs_embeds
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        length = 0 if tokens is None else tokens.shape[1]
         past_length = cached_length(cache)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and new is not None:
-            attention_mask = _cut_mask(cache, attention_mask, past_length + new.shape[1])
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            attention_mask = _cut_mask(cache, attention_mask, past_length + length)
         embedded = self.embed_multimodal(
             input_ids,
             inputs_embeds,
@@ -380,7 +389,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
         if (cache := outputs.get(cache_name)) is not None:
             output[cache_name] = cache
             if embedded.token_indices is not None:
-                note_dropped_tokens(cache, past_length, embedded.token_indices, new.shape[1])
+                note_dropped_tokens(cache, past_length, embedded.token_indices, length)
         return output
 
 
@@ -458,12 +467,13 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
         language_model.config.pad_token_id = tokenizer.pad_token_id
 
+        vocabulary = tokenizer.get_vocab()
         config = MambaMiaConfig(
             vision_config=tower.config,
             text_config=language_model.config,
-            compressor_config={"patches_per_anchor": 1, **compressor_kwargs},
-            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+            compressor_config=MambaMiaCompressorConfig(**{"patches_per_anchor": 1, **compressor_kwargs}),
+            image_token_id=vocabulary["<|image_pad|>"],
+            video_token_id=vocabulary["<|video_pad|>"],
         )
         if "patches_per_anchor" not in compressor_kwargs:
             _, config.compressor_config.patches_per_anchor = config.patch_grid()
@@ -481,7 +491,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -500,24 +510,24 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        frame_mask: torch.BoolTensor | None = None,
-        num_kept_frames: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        num_kept_frames: Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
         delta_threshold: float | None = None,
         delta_min_frames: int | None = None,
-        patch_features: torch.FloatTensor | None = None,
-        patch_features_videos: torch.FloatTensor | None = None,
+        patch_features: Tensor | None = None,
+        patch_features_videos: Tensor | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
@@ -583,8 +593,9 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             num_items_in_batch=items_in_batch,
             **kwargs,
         )
-        if self.config.delta_loss_coef and outputs.frame_deltas is not None:
-            deltas = outputs.frame_deltas[outputs.video_outputs.frame_mask]
+        videos = outputs.video_outputs
+        if self.config.delta_loss_coef and videos is not None and videos.frame_deltas is not None:
+            deltas = videos.frame_deltas[videos.frame_mask]
             # A part of a batch counts by its share of the labels, as in the next-token loss.
             share = (num_items / items_in_batch).to(deltas.device)
             loss = loss + self.config.delta_loss_coef * share * deltas.mean()
@@ -621,8 +632,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         indices, length = None, 0
         if any(media.get(name) is not None for name in _MEDIA):
             indices, length = self._embed_prompt(prompt, cache, media, generation_config, kwargs)
-        elif prompt is not None and DroppedTokens.of(cache) is not None:
-            indices, length = self._drop_as_cached(prompt, cache, kwargs), prompt.shape[1]
+        elif prompt is not None and (dropped := DroppedTokens.of(cache)) is not None:
+            indices, length = self._drop_as_cached(prompt, cached_length(cache), dropped, kwargs), prompt.shape[1]
         if indices is None:
             return super().generate(prompt, generation_config=generation_config, streamer=streamer, **kwargs)
 
@@ -654,7 +665,10 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             The positions of the tokens that are left, None where all are, and the length of the prompt as given.
         """
         inputs_embeds, attention_mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
-        length = (prompt if inputs_embeds is None else inputs_embeds).shape[1]
+        tokens = prompt if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("There are media and no prompt; give input_ids or inputs_embeds.")
+        length = tokens.shape[1]
         # A mask that is longer than the prompt covers what the cache holds already.
         past_length = 0
         if attention_mask is not None and attention_mask.shape[1] > length:
@@ -674,8 +688,11 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             kwargs["attention_mask"] = embedded.attention_mask
         if embedded.position_ids is not None:
             kwargs["position_ids"] = embedded.position_ids
-        chunk_sizes = (kwargs, generation_config or {}, self.generation_config)
-        if past_length or any(_setting(where, "prefill_chunk_size") is not None for where in chunk_sizes):
+        in_chunks = any(
+            getattr(settings, "prefill_chunk_size", None)
+            for settings in (SimpleNamespace(**kwargs), generation_config, self.generation_config)
+        )
+        if past_length or in_chunks:
             # Transformers takes embeddings for a whole sequence only, features also for a part of it.
             kwargs["mm_encoder_outputs"] = {
                 modality: MambaMiaFeaturesOutput(pooler_output=output.pooler_output)
@@ -688,7 +705,9 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         return embedded.token_indices, length
 
     @staticmethod
-    def _drop_as_cached(prompt: Tensor, cache: Cache, kwargs: dict[str, Any]) -> Tensor | None:
+    def _drop_as_cached(
+        prompt: Tensor, past_length: int, dropped: DroppedTokens, kwargs: dict[str, Any]
+    ) -> Tensor | None:
         """Drops from a dialogue that goes on the tokens that its cache lacks.
 
         Returns:
@@ -696,9 +715,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         """
         attention_mask, length = kwargs.get("attention_mask"), prompt.shape[1]
         if attention_mask is not None and attention_mask.shape[1] > length:
-            kwargs["attention_mask"] = _cut_mask(cache, attention_mask, cached_length(cache) + length)
+            kwargs["attention_mask"] = dropped.cut_mask(attention_mask, past_length + length)
             return None
-        dropped = DroppedTokens.of(cache)
         if length < dropped.prompt_length or len(prompt) != len(dropped.token_indices):
             raise ValueError(
                 f"The cache is that of a prompt of {len(dropped.token_indices)} rows of {dropped.prompt_length} "
@@ -719,14 +737,13 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
     if CACHE_NAME == "past_key_values":
 
-        def _prepare_cache_for_generation(
-            self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
-        ) -> None:
+        def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
             # Before 5.24, Transformers calls the cache of any class with "mamba" in its name `cache_params`.
             name = self._generation_cache_name
             if name in model_kwargs:
                 model_kwargs["cache_params"] = model_kwargs.pop(name)
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            prepare: Any = GenerationMixin._prepare_cache_for_generation
+            prepare(self, generation_config, model_kwargs, *args)
             if "cache_params" in model_kwargs:
                 model_kwargs[name] = model_kwargs.pop("cache_params")
 
@@ -746,10 +763,6 @@ _MEDIA_ARGUMENTS = (
 )
 
 
-def _setting(where: Any, name: str) -> Any:
-    return where.get(name) if isinstance(where, dict) else getattr(where, name, None)
-
-
 def _cut_mask(cache: Cache | None, attention_mask: Tensor, length: int) -> Tensor:
     """The attention mask of cached and new tokens, without what the cache lacks."""
     dropped = DroppedTokens.of(cache)
@@ -758,12 +771,12 @@ def _cut_mask(cache: Cache | None, attention_mask: Tensor, length: int) -> Tenso
 
 def _with_whole_prompt(output: Tensor | ModelOutput, prompt: Tensor, kept_length: int) -> Tensor | ModelOutput:
     """The result of `generate` with the prompt as given in place of the one without dropped tokens."""
-    sequences = output.sequences if isinstance(output, ModelOutput) else output
+    sequences = output["sequences"] if isinstance(output, ModelOutput) else output
     prompts = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
     sequences = torch.cat([prompts, sequences[:, kept_length:]], dim=1)
     if not isinstance(output, ModelOutput):
         return sequences
-    output.sequences = sequences
+    output["sequences"] = sequences
     return output
 
 

@@ -1,0 +1,10 @@
+"""What a type checker sees of the package from outside: names are known, and wrong ones are errors."""
+
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaCompressorConfig, MambaMiaForConditionalGeneration, select_frames
+from mambamia_hf import typo  # type: ignore[attr-defined]  # has to be an error: mypy warns of an ignore without one
+
+
+folder: str = BUNDLED_CHECKPOINT
+config: MambaMiaCompressorConfig = MambaMiaCompressorConfig(hidden_size=256)
+model: MambaMiaForConditionalGeneration = MambaMiaForConditionalGeneration.from_pretrained(folder)
+print(config, model, select_frames, typo)
