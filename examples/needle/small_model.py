@@ -53,7 +53,7 @@ def build_processor() -> MambaMiaProcessor:
         tokenizer=build_tokenizer(),
         image_processor=SiglipImageProcessor(size=size),
         video_processor=MambaMiaVideoProcessor(size=size),
-        num_frame_tokens=1,
+        tokens_per_frame=1,
     )
 
 
