@@ -8,7 +8,7 @@
 set -euo pipefail
 NEEDLE="${1:?usage: $0 NEEDLE_FOLDER OUTPUT_FOLDER}"
 OUT="${2:?usage: $0 NEEDLE_FOLDER OUTPUT_FOLDER}"
-export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)"
+export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 
 # Test videos as long as the longest of training, and four times longer, with their features.
 for FRAMES in 32 128; do

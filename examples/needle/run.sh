@@ -6,7 +6,7 @@
 # The model is $OUT/long_video at the end. Run again, it continues where it was stopped.
 set -euo pipefail
 OUT="${1:?usage: $0 OUTPUT_FOLDER}"
-export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)"
+export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 
 # How everything is trained.
 TRAINING=(

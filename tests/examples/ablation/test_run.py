@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import ablation
 import pytest
 import torch
 from ablation import run
@@ -111,3 +112,23 @@ def test_runs_give_rows_and_are_not_repeated(needle, tmp_path, monkeypatch):
     assert len(again) == len(lines)
     with pytest.raises(ValueError, match="the rows.jsonl' has rows of Settings.*video_steps=1.*choose another output"):
         run_all(replace(settings, video_steps=2), needle, tests, output, workers=1)
+
+
+def test_recipe(modules_of, tmp_path, monkeypatch):
+    script, output = Path(ablation.__file__).with_name("run.sh"), tmp_path / "an ablation"
+    commands = modules_of(script, tmp_path / "a needle", output)
+    called, written = [], []
+    monkeypatch.setattr(run, "run_all", lambda *arguments: called.extend(arguments))
+    monkeypatch.setattr(training_data, "write_data", lambda folder, *rest: written.append(folder))
+    for module, arguments in commands:
+        if module == "needle.training_data":
+            training_data.main(arguments)
+        if module == "ablation.run":
+            run.main(arguments)
+    settings, needle, tests, rows, _ = called
+    assert settings == Settings(train_frames=32, image_steps=100, video_steps=1200)
+    assert needle == tmp_path / "a needle"
+    assert tests == written == [output / "test-32", output / "test-128"]
+    features = [arguments for module, arguments in commands if module == "mambamia_hf.training.features"]
+    assert all(str(folder / "features") in arguments for folder, arguments in zip(tests, features, strict=True))
+    assert commands[-1] == ("ablation.report", [str(rows)])
