@@ -167,12 +167,12 @@ def train(
 
 @dataclass(frozen=True)
 class EncodedVideos:
-    """Videos of as many frames each, as a trained model compressed them, and the questions about them.
+    """Videos with the same number of frames, compressed by a trained model, and the questions about them.
 
     Args:
         tasks: the task of each question.
         answers: the right answers.
-        input_ids: the prompts with placeholders of every frame, `(num_videos, length)`, padded on the left.
+        input_ids: the prompts with placeholders for every frame, `(num_videos, length)`, padded on the left.
         attention_mask: `(num_videos, length)`, 0 for padding.
         features: of the videos, with every frame kept.
     """
@@ -315,23 +315,31 @@ def run(variant: str, seed: int, settings: Settings, needle: Path, tests: Sequen
     return rows
 
 
-def read_rows(file: Path, settings: Settings) -> list[Row]:
+def read_rows(file: Path, settings: Settings, tests: Sequence[Path]) -> list[Row]:
     """The rows of earlier runs.
 
     Raises:
-        ValueError: if one was made with other settings.
+        ValueError: if one was made with other settings or tests.
     """
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    records = [load_records([folder / RECORDS]) for folder in tests]
+    sizes = [(of_test[0]["length"], len(of_test)) for of_test in records]
     for row in rows:
         used = Settings(row["train_frames"], row["image_steps"], row["video_steps"])
         if used != settings:
             raise ValueError(f"'{file}' has rows of {used}, not {settings}; choose another output.")
+        size = row["num_frames"], row["num_videos"]
+        if size not in sizes:
+            raise ValueError(
+                f"'{file}' has rows of a test with (num_frames, num_videos) {size}, and the tests have {sizes}; "
+                f"choose another output."
+            )
     return rows
 
 
 def run_all(settings: Settings, needle: Path, tests: Sequence[Path], output: Path, workers: int) -> None:
     """Adds the rows of all runs that `output` lacks, run by run."""
-    rows = read_rows(output, settings)
+    rows = read_rows(output, settings, tests)
     done = {(row["variant"], row["seed"]) for row in rows}
     order = [(variant, seed) for variant in VARIANTS for seed in SEEDS]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -108,10 +108,12 @@ def test_runs_give_rows_and_are_not_repeated(needle, tmp_path, monkeypatch):
     output.write_text("".join(line for line in lines if '"MambaMia"' in line))
     run_all(settings, needle, tests, output, workers=1)
     again = output.read_text().splitlines(keepends=True)
-    assert again[:-6] == lines[:-6], "a run that is there was repeated"
+    assert again[:-6] == lines[:-6], "a finished run was repeated"
     assert len(again) == len(lines)
     with pytest.raises(ValueError, match="the rows.jsonl' has rows of Settings.*video_steps=1.*choose another output"):
         run_all(replace(settings, video_steps=2), needle, tests, output, workers=1)
+    with pytest.raises(ValueError, match=r"\(48, 6\), and the tests have \[\(24, 6\)\]"):
+        run_all(settings, needle, tests[:1], output, workers=1)
 
 
 def test_recipe(modules_of, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def test_a_video_as_background(tmp_path):
         (needle,) = video.needles
         numbers = np.array([read_number(frame.transpose(2, 0, 1)) for frame in frames])
         hidden = (times > needle.start - 0.1) & (times < needle.start + needle.duration - 0.1)
-        # Twice a second of four frames a second, and after 5 s from the start.
+        # Two of the four frames per second of the clip, which starts again after 5 s.
         expected = (numbers[0 if not hidden[0] else -10] + 2 * np.arange(len(times))) % 20
         assert (numbers == expected)[~hidden].all()
         area = changed_area(frames, render(replace(video, needles=[])))
