@@ -1,6 +1,6 @@
 """How long it takes to make needle videos, and how large they get: an hour of several sizes and rates, and a minute.
 
-python benchmarks/needle_generation.py
+PYTHONPATH=examples python benchmarks/needle_generation.py
 """
 
 import statistics
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import bars, report
-
-from mambamia_hf.needle import TASKS, write_needle_video
+from needle.plan import TASKS
+from needle.video import write_needle_video
 
 
 RUNS = 5

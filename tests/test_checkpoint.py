@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from needle.questions import questions
+from needle.video import write_needle_video
 from tiny_model import ask
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
-from mambamia_hf.needle import questions, write_needle_video
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from needle.video import write_needle_video
 from tiny_model import tiny_checkpoint
 from transformers import AutoModel, AutoProcessor, AutoVideoProcessor
 
@@ -15,7 +16,6 @@ from mambamia_hf import (
     MambaMiaProcessor,
     MambaMiaVideoProcessor,
 )
-from mambamia_hf.needle import write_needle_video
 
 
 # Run where `mambamia_hf` cannot be imported: a folder, a video and a file to write the results to.

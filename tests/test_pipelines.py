@@ -1,9 +1,8 @@
 import pytest
+from needle.video import write_needle_video
 from PIL import Image
 from tiny_model import tiny_checkpoint
 from transformers import pipeline
-
-from mambamia_hf.needle import write_needle_video
 
 
 @pytest.fixture(scope="module")

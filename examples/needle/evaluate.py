@@ -1,9 +1,9 @@
 """Asks a checkpoint about fresh needle videos and writes how often it is right, task by task.
 
-    python examples/needle/evaluate.py --output examples/results/needle.json
+    PYTHONPATH=examples python -m needle.evaluate --output examples/results/needle_hour.json
 
-Every video is an H.264 file, made for the purpose from the test split, read through the processor and answered by
-`generate`. An answer counts if it is the right option, word for word.
+Every video is a new H.264 file of the test split, read through the processor and answered by `generate`. An answer
+counts if it is the right option, word for word.
 """
 
 import argparse
@@ -19,7 +19,11 @@ import torch
 from tqdm import tqdm
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, MambaMiaProcessor
-from mambamia_hf.needle import TASKS, multiple_choice, write_needle_video
+from mambamia_hf.files import atomic_write
+
+from .plan import TASKS
+from .questions import multiple_choice
+from .video import write_needle_video
 
 
 @cache
@@ -56,29 +60,28 @@ def is_right(arguments: argparse.Namespace, task: str, seed: int) -> dict[float,
             return_tensors="pt",
         )
     # The tower runs once for all shares.
-    inputs["video_features"] = model.model.encode_frames(inputs.pop("pixel_values_videos")[0]).last_hidden_state[None]
+    features = model.model.encode_frames(inputs.pop("pixel_values_videos")[0]).last_hidden_state
     right = {}
     for ratio in arguments.keep_ratios:
-        model.config.keep_ratio = ratio
-        output = model.generate(**inputs, do_sample=False)
+        output = model.generate(**inputs, patch_features_videos=features[None], keep_ratio=ratio, do_sample=False)
         given = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         right[ratio] = given == question.answer
     return right
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", default=str(BUNDLED_CHECKPOINT), help="folder or Hub id; by default the bundled one"
     )
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--num_videos", type=int, default=300, help="videos of each task")
+    parser.add_argument("--num_videos", type=int, default=300, help="videos per task")
     parser.add_argument("--first_seed", type=int, default=0, help="of the test split")
     parser.add_argument("--duration", type=float, default=3600, help="seconds of a video")
     parser.add_argument("--fps", type=float, default=1, help="frame rate of the files")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), help="height and width of the files")
-    parser.add_argument("--num_frames", type=int, default=384, help="frames sampled from a video at most")
-    parser.add_argument("--background", type=Path, nargs="+", help="videos to hide the needles in")
+    parser.add_argument("--num_frames", type=int, default=384, help="most frames sampled from a video")
+    parser.add_argument("--background", type=Path, nargs="+", help="videos to show behind the needles")
     parser.add_argument("--keep_ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25], help="shares of frames kept")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
@@ -89,8 +92,8 @@ def main():
     with ProcessPoolExecutor(arguments.workers) as pool:
         jobs = [(task, pool.submit(is_right, arguments, task, seed)) for seed in seeds for task in arguments.tasks]
         for task, job in tqdm(jobs):
-            for ratio, is_right_ in job.result().items():
-                right[ratio][task] += is_right_
+            for ratio, answer_is_right in job.result().items():
+                right[ratio][task] += answer_is_right
     results = {
         "num_videos": arguments.num_videos,
         "seconds": arguments.duration,
@@ -102,7 +105,8 @@ def main():
         },
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    with atomic_write(arguments.output) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 

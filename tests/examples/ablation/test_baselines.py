@@ -1,17 +1,17 @@
 import pytest
 import torch
-from baselines import FramePooling, NoCompression, PooledQueries, SelfAttention
+from ablation.baselines import FramePooling, MLPProjector, PooledQueries, SelfAttention
 from tiny_model import random_videos, tiny_compressor_config, tiny_config
 from torch import nn
 
 from mambamia_hf import MambaMiaCompressorConfig, MambaMiaForConditionalGeneration
 
 
-BASELINES = [PooledQueries, SelfAttention, FramePooling, NoCompression]
+BASELINES = [PooledQueries, SelfAttention, FramePooling, MLPProjector]
 
 
 def compressor_config(baseline: type, **kwargs) -> MambaMiaCompressorConfig:
-    patches_per_anchor = 1 if baseline is NoCompression else 3
+    patches_per_anchor = 1 if baseline is MLPProjector else 3
     settings = {"patches_per_anchor": patches_per_anchor, "initializer_range": 0.2, **kwargs}
     return tiny_compressor_config(**settings)
 
@@ -26,7 +26,7 @@ def make(baseline: type, **kwargs) -> nn.Module:
 @pytest.mark.parametrize("num_patches", [9, 6])  # a square grid, and rows of three
 def test_tokens_of_every_frame(baseline, num_frames, num_patches):
     output = make(baseline)(torch.randn(2, num_frames, num_patches, 12))
-    num_tokens = num_patches if baseline is NoCompression else num_patches // 3
+    num_tokens = num_patches if baseline is MLPProjector else num_patches // 3
     assert output.last_hidden_state.shape == (2, num_frames, num_tokens, 20)
     assert output.last_hidden_state.isfinite().all()
     assert output.frame_deltas is None
@@ -57,7 +57,7 @@ def test_every_parameter_learns(baseline):
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_in_place_of_the_compressor(baseline):
-    settings = {"patches_per_anchor": 1 if baseline is NoCompression else 4}
+    settings = {"patches_per_anchor": 1 if baseline is MLPProjector else 4}
     config = tiny_config(compressor_config=settings, delta_threshold=None)
     model = MambaMiaForConditionalGeneration(config)
     model.model.compressor = baseline(config.compressor_config)
@@ -86,7 +86,7 @@ def test_which_frames_see_each_other():
     assert reached(make(SelfAttention), 3) == list(range(8))
     assert reached(make(SelfAttention, frames_per_window=2), 3) == [2, 3]
     assert reached(make(FramePooling), 3) == [3]
-    assert reached(make(NoCompression), 3) == [3]
+    assert reached(make(MLPProjector), 3) == [3]
 
 
 def test_queries_are_averages_over_space_and_time():
@@ -120,7 +120,7 @@ def test_frames_pooled_over_their_grid():
 
 def test_errors():
     with pytest.raises(ValueError, match="patches_per_anchor is 3; set it to 1"):
-        NoCompression(compressor_config(FramePooling))
+        MLPProjector(compressor_config(FramePooling))
     with pytest.raises(ValueError, match="whole number of rows"):
         make(FramePooling)(torch.randn(1, 2, 8, 12))
     with pytest.raises(ValueError, match="video without frames"):

@@ -1,20 +1,19 @@
-"""Other ways from patches to tokens, to compare MambaMia's compressor with; each takes its place in a model:
+"""Other ways from patches to tokens, to compare MambaMia's compressor with. Each takes its place in a model:
 
-    from baselines import PooledQueries
+    from ablation.baselines import PooledQueries
 
     model.model.compressor = PooledQueries(model.config.compressor_config)
 
-Called with the features of frames, each returns a `MambaMiaCompressorOutput` with as many tokens a frame, and never
-lets the padding of one video reach another. None has a Δ, so the model has to keep every frame: `delta_threshold=None`
-in its config. Projections, norms, width and initialisation are MambaMia's; between them stand as many residual layers
-as MambaMia has in both stages together.
+Called with patch features, each returns a `MambaMiaCompressorOutput` with as many tokens per frame as MambaMia. None
+has a Δ, so the model has to keep every frame: `delta_threshold=None` in its config. Projections, norms, width and
+initialisation are MambaMia's. Between them are as many residual layers as MambaMia has in both stages together.
 
     PooledQueries   queries pooled over space and time, read out of bidirectional Mamba-2 (BIMBA)
     SelfAttention   queries and patches attend to each other
     FramePooling    the patches of a frame are averaged over cells of its grid
-    NoCompression   every patch is a token; `patches_per_anchor` has to be 1
+    MLPProjector    no compression, every patch is a token (LLaVA); `patches_per_anchor` has to be 1
 
-`python examples/baselines.py` prints how many parameters each has at the size of the paper's model.
+`PYTHONPATH=examples python -m ablation.baselines` prints their numbers of parameters at the size of the paper's model.
 """
 
 import copy
@@ -26,19 +25,23 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
 
 from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig
-from mambamia_hf.modeling_compressor import MambaMiaCompressorPreTrainedModel, MambaMiaSpatialBlock
+from mambamia_hf.modeling_compressor import (
+    MambaMiaCompressorOutput,
+    MambaMiaCompressorPreTrainedModel,
+    MambaMiaSpatialBlock,
+)
 
 
 class Baseline(MambaMiaCompressorPreTrainedModel):
     """What the baselines share: input projection, residual layers, norm and output projection.
 
-    How it is called, its checks, and that padded videos run without their padding, are MambaMia's own.
+    Args:
+        config: of MambaMia's compressor.
+        make_layer: makes the residual layer of a given index.
     """
-
-    forward = MambaMiaCompressor.forward
-    _compress_masked = MambaMiaCompressor._compress_masked
 
     def __init__(self, config: MambaMiaCompressorConfig, make_layer: Callable[[int], nn.Module]):
         super().__init__(config)
@@ -48,27 +51,54 @@ class Baseline(MambaMiaCompressorPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.output_proj = nn.Linear(config.hidden_size, config.output_size)
 
+    @can_return_tuple
+    def forward(self, patch_features: Tensor, frame_mask: Tensor | None = None) -> MambaMiaCompressorOutput:
+        """Compresses videos, those of one length together, so that no padding reaches a video.
+
+        Args:
+            patch_features: `(batch_size, num_frames, num_patches, input_size)`.
+            frame_mask: `(batch_size, num_frames)`, True for real frames, all of them by default.
+
+        Raises:
+            ValueError: if the patches are not a whole number of rows, or a video has no frame.
+        """
+        if frame_mask is None:
+            frame_mask = patch_features.new_ones(patch_features.shape[:2], dtype=torch.bool)
+        num_tokens = self.config.num_anchors(patch_features.shape[2])
+        tokens = patch_features.new_zeros(*frame_mask.shape, num_tokens, self.config.output_size)
+        lengths = frame_mask.sum(dim=1)
+        if not lengths.all():
+            raise ValueError("The compressor got a video without frames; give it at least one frame.")
+        for length in lengths.unique().tolist():
+            places = frame_mask & (lengths == length)[:, None]
+            videos = patch_features[places].unflatten(0, (-1, length))
+            compressed = self.output_proj(self.norm(self.mix(self.input_proj(videos))))
+            tokens[places] = compressed.flatten(0, 1).to(tokens)
+        return MambaMiaCompressorOutput(last_hidden_state=tokens)
+
     def mix(self, patches: Tensor) -> Tensor:
         """`(batch, frames, patches, hidden_size)` to `(batch, frames, anchors, hidden_size)`."""
         raise NotImplementedError
 
-    def _compress(self, features: Tensor) -> tuple[Tensor, None]:
-        if features.shape[1] == 0:
-            raise ValueError("The compressor got a video without frames; give it one frame at least.")
-        return self.output_proj(self.norm(self.mix(self.input_proj(features)))), None
-
     def insert(self, patches: Tensor, queries: Tensor) -> Tensor:
-        """MambaMia's sequence: frame, row, the row's patches, then its query `(batch, frames, anchors, width)`."""
+        """MambaMia's sequence (frame, row, the row's patches, then its query), `(batch, length, width)`.
+
+        Args:
+            patches: `(batch, frames, patches, width)`.
+            queries: `(batch, frames, anchors, width)`.
+        """
         rows = patches.unflatten(2, (-1, self.config.patches_per_anchor))
         return torch.cat([rows, queries.unsqueeze(3)], dim=3).flatten(1, 3)
 
     def read_out(self, sequence: Tensor, num_frames: int) -> Tensor:
-        """The queries of such a sequence, `(batch, frames, anchors, width)`."""
+        """The queries of a sequence that `insert` made, `(batch, frames, anchors, width)`."""
         return sequence.unflatten(1, (num_frames, -1, self.config.patches_per_anchor + 1))[:, :, :, -1]
 
     def grid(self, patches: Tensor) -> Tensor:
-        """`(batch, frames, patches, width)` as `(batch, width, frames, height, width)`: square where that is possible,
-        else as rows of `patches_per_anchor`."""
+        """Patches `(batch, frames, patches, channels)` as `(batch, channels, frames, height, width)`.
+
+        The grid is square if possible, and otherwise has rows of `patches_per_anchor`.
+        """
         side = math.isqrt(patches.shape[2])
         columns = side if side**2 == patches.shape[2] else self.config.patches_per_anchor
         return patches.unflatten(2, (-1, columns)).permute(0, 4, 1, 2, 3)
@@ -77,17 +107,18 @@ class Baseline(MambaMiaCompressorPreTrainedModel):
 class PooledQueries(Baseline):
     """Queries by 3D average pooling, as in BIMBA (Islam et al., CVPR 2025, arXiv 2503.09590).
 
-    From BIMBA: the queries start as averages of the patches over space and time; they stand among the patches at equal
-    distances; bidirectional state-space layers, each with a norm before it and a residual connection around it, run
-    over all of them; what the queries have become is what the language model reads.
+    From BIMBA: the queries start as averages of the patches over space and time. They are inserted among the patches
+    at equal distances. Bidirectional state-space layers, each pre-norm with a residual connection, run over the
+    sequence, and the language model reads the queries that come out.
 
     From MambaMia, so that nothing else differs: the number of queries, Mamba-2 in place of Mamba-1, the last norm.
-    BIMBA's optional question tokens, and the dropping of every other frame between layers in its released code, are
-    left out.
+    Left out: BIMBA's optional question tokens, and the dropping of every other frame between layers in its released
+    code.
 
     Args:
-        frames_per_query: frames that a query averages over. Queries average over less of a frame in turn, so that
-            there are as many for any number of frames; frames that are left over at the end form a shorter group.
+        config: of MambaMia's compressor.
+        frames_per_query: frames that a query averages over. The number of queries per frame does not depend on it: a
+            query averages over a smaller part of each frame in turn. Frames left over at the end form a shorter group.
     """
 
     def __init__(self, config: MambaMiaCompressorConfig, frames_per_query: int = 4):
@@ -108,7 +139,15 @@ class PooledQueries(Baseline):
         return self.read_out(sequence, num_frames)
 
     def pool(self, patches: Tensor, frames_per_query: int) -> Tensor:
-        """Groups of so many frames, each pooled to as many queries as there are anchors in its frames."""
+        """Pools groups of `frames_per_query` frames, each to as many queries as its frames have anchors.
+
+        Args:
+            patches: `(batch, frames, patches, width)`, whole groups.
+            frames_per_query: frames of a group.
+
+        Returns:
+            `(batch, frames, anchors, width)`.
+        """
         num_frames, num_anchors = patches.shape[1], patches.shape[2] // self.config.patches_per_anchor
         cells = _near_square(frames_per_query * num_anchors)
         pooled = nn.functional.adaptive_avg_pool3d(self.grid(patches), (num_frames // frames_per_query, *cells))
@@ -116,12 +155,13 @@ class PooledQueries(Baseline):
 
 
 class SelfAttention(Baseline):
-    """Layers of a Llama, without its causal mask, over the sequence of MambaMia: patches with a learned query a row.
+    """Layers of a Llama without its causal mask over MambaMia's sequence: patches with one learned query per row.
 
-    Attention is all-to-all within windows of frames. Its cost grows with window times length: 384 frames of 600 tokens
-    of width 3072 in one window take 650 TFLOP a layer forward, in windows of 16 frames 27.
+    Attention is all-to-all within windows of frames. Its cost grows with window times length: a layer's forward pass
+    over 384 frames of 600 tokens of width 3072 takes 650 TFLOP in one window, and 27 in windows of 16 frames.
 
     Args:
+        config: of MambaMia's compressor.
         frames_per_window: frames that attend to each other; None for all of the video.
     """
 
@@ -152,7 +192,7 @@ class SelfAttention(Baseline):
         return torch.cat([self.attend(window) for window in windows], dim=1)
 
     def attend(self, patches: Tensor) -> Tensor:
-        """One window, `(batch, frames, patches, hidden_size)`, to its anchors."""
+        """`(batch, frames, patches, hidden_size)` of one window to `(batch, frames, anchors, hidden_size)`."""
         batch_size, num_frames, num_patches = patches.shape[:3]
         anchors = self.anchor.to(patches.dtype)
         anchors = anchors.expand(batch_size, num_frames, num_patches // self.config.patches_per_anchor, -1)
@@ -191,41 +231,44 @@ class FramePooling(Baseline):
 
     def pool(self, patches: Tensor) -> Tensor:
         """`(batch, frames, patches, hidden_size)` to `(batch, frames, anchors, hidden_size)`."""
-        cells = _near_square(patches.shape[2] // self.config.patches_per_anchor)
+        cells = _near_square(self.config.num_anchors(patches.shape[2]))
         pooled = nn.functional.adaptive_avg_pool3d(self.grid(patches), (patches.shape[1], *cells))
         return pooled.flatten(3).movedim(1, 3)
 
 
-class NoCompression(FramePooling):
-    """The same MLP, as in LLaVA, and every patch becomes a token of the language model.
+class MLPProjector(Baseline):
+    """An MLP on each patch, and every patch becomes a token of the language model, as in LLaVA.
 
     Raises:
-        ValueError: if the model does not expect a token for every patch.
+        ValueError: if the model does not expect one token per patch.
     """
 
     def __init__(self, config: MambaMiaCompressorConfig):
         if config.patches_per_anchor != 1:
             raise ValueError(
                 f"Without compression every patch is a token, but patches_per_anchor is {config.patches_per_anchor}; "
-                f"set it to 1 in the model's compressor_config, and the processor's num_frame_tokens to the patches."
+                f"set it to 1 in the model's compressor_config, and the processor's tokens_per_frame to the patches."
             )
-        super().__init__(config)
+        super().__init__(config, lambda index: PatchMLP(config))
+        self.post_init()
 
-    def pool(self, patches: Tensor) -> Tensor:
+    def mix(self, patches: Tensor) -> Tensor:
+        for layer in self.layers:
+            patches = layer(patches)
         return patches
 
 
 def _near_square(count: int) -> tuple[int, int]:
-    """The height and width, of `count` cells in all, that differ least."""
+    """Height and width of the most nearly square grid of `count` cells."""
     height = next(height for height in range(math.isqrt(count), 0, -1) if count % height == 0)
     return height, count // height
 
 
-def main():
+def main() -> None:
     rows = MambaMiaCompressorConfig()
     patches = MambaMiaCompressorConfig(patches_per_anchor=1)
     with torch.device("meta"):
-        baselines = PooledQueries(rows), SelfAttention(rows), FramePooling(rows), NoCompression(patches)
+        baselines = PooledQueries(rows), SelfAttention(rows), FramePooling(rows), MLPProjector(patches)
         for compressor in (MambaMiaCompressor(rows), *baselines):
             print(f"{type(compressor).__name__:<20}{compressor.num_parameters():>15,}")
 

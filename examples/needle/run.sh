@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Trains the bundled model from nothing on the needle benchmark: retrieval, ordering and counting.
+#
+#     examples/needle/run.sh runs/needle
+#
+# The model is $OUT/long_video at the end. Run again, it continues where it was stopped.
+set -euo pipefail
+OUT="${1:?usage: $0 OUTPUT_FOLDER}"
+export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+
+# How everything is trained.
+TRAINING=(
+    --lr_scheduler_type cosine --weight_decay 0.05 --adam_beta2 0.98 --seed 2025 --report_to none
+    --logging_steps 25 --save_steps 250 --save_total_limit 1 --dataloader_num_workers 1 --resume_from_checkpoint true
+)
+# A training command writes `trainer_state.json` last.
+finished() { [ -f "$OUT/$1/trainer_state.json" ]; }
+
+# Data.
+python -m needle.training_data stills --output "$OUT/stills" --count 8000
+python -m needle.training_data videos --output "$OUT/videos" --count 12000
+
+# As nothing is downloaded, the vision tower has to learn, too. From here on it is frozen.
+finished vision || python -m needle.pretrain_vision --output_dir "$OUT/vision" \
+    --max_steps 5000 --per_device_train_batch_size 8 --learning_rate 2e-3 --warmup_steps 0.1 "${TRAINING[@]}"
+
+# Its features of all stills and videos.
+for KIND in stills videos; do
+    python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/$KIND/records/train.jsonl" \
+        --media_folder "$OUT/$KIND" --output "$OUT/features" --num_frames 128
+done
+
+# train NAME MODEL ARGUMENTS...: trains $OUT/NAME from $OUT/MODEL.
+train() {
+    finished "$1" || python -m mambamia_hf.training --model "$OUT/$2" --output_dir "$OUT/$1" \
+        --features "$OUT/features" --num_frames 128 --warmup_steps 0.05 "${TRAINING[@]}" "${@:3}"
+}
+STILLS=(--data "$OUT/stills/records" --per_device_train_batch_size 48)
+VIDEOS=(--data "$OUT/videos/records" --per_device_train_batch_size 12 --train_sampling_strategy group_by_length)
+
+# Compressor and language model learn on stills, the compressor alone on videos, both on videos. In the last stage
+# videos seem up to eight times longer than they are, so that the model can read longer ones.
+train image      vision --stage image "${STILLS[@]}" --max_steps 300  --learning_rate 1e-3
+train align      image  --stage align "${VIDEOS[@]}" --max_steps 300  --learning_rate 1e-3
+train video      align  --stage video "${VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
+train long_video video  --stage video "${VIDEOS[@]}" --max_steps 1200 --learning_rate 5e-4 --length_scale 8

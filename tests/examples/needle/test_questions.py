@@ -1,0 +1,54 @@
+from dataclasses import replace
+
+import pytest
+from needle.glyphs import DIGITS, SHAPES
+from needle.plan import Needle, NeedleVideo
+from needle.questions import CHOICE_QUESTIONS, multiple_choice, needle_multiple_choice, needle_questions, questions
+
+
+def test_questions_name_the_needle():
+    needle = Needle("shape", "star", "red", 1.0, 1.0, 0.5, 0.5, 0.3, False)
+    asked = dict(questions(NeedleVideo(0, 64, 2.0, (128, 128), [needle])))
+    assert asked["What shape appears in the video?"] == "star"
+    assert asked["What colour is the shape?"] == "red"
+    assert asked["What color is the shape?"] == "red"
+    assert set(asked.values()) == {"star", "red"}
+
+    asked = dict(needle_questions(replace(needle, kind="digit", value="7"), "image"))
+    assert asked["Which digit appears in the image?"] == "7"
+    assert asked["What colour is the digit?"] == "red"
+    assert not any("{" in question or "video" in question or "shape" in question for question in asked)
+
+    with pytest.raises(ValueError, match="one needle, this one has 2"):
+        questions(NeedleVideo(0, 64, 2.0, (128, 128), [needle, needle]))
+
+
+def test_multiple_choice(tmp_path):
+    needles = [
+        Needle("shape" if value in SHAPES else "digit", value, "red", start, 1.0, 0.5, 0.5, 0.3, False)
+        for value, start in (("7", 1.0), ("heart", 5.0), ("star", 9.0))
+    ]
+    retrieval = NeedleVideo(0, 64, 2.0, (128, 128), needles[:1])
+    ordering = NeedleVideo(0, 64, 2.0, (128, 128), needles, task="ordering")
+    counting = NeedleVideo(0, 64, 2.0, (128, 128), [needles[1]] * 3, task="counting")
+    for video, answer in ((retrieval, "7"), (ordering, "7 heart star"), (counting, "3")):
+        asked = [multiple_choice(video, seed) for seed in range(60)]
+        assert {question.answer for question in asked} == {answer}
+        assert all(answer in question.options and len(set(question.options)) == 4 for question in asked)
+        assert len({question.text for question in asked}) == len(CHOICE_QUESTIONS[video.task])
+        assert not any("{" in question.text for question in asked)
+        assert asked == [multiple_choice(video, seed) for seed in range(60)]
+        if video is counting:
+            assert {question.options for question in asked} == {("1", "2", "3", "4")}
+            assert all("heart" in question.text for question in asked)
+        else:
+            assert {question.options.index(answer) for question in asked} == {0, 1, 2, 3}
+    for question in (multiple_choice(ordering, seed) for seed in range(9)):
+        assert all(sorted(option.split()) == ["7", "heart", "star"] for option in question.options)
+    options = {option for seed in range(60) for option in multiple_choice(retrieval, seed).options}
+    assert options == {*SHAPES, *DIGITS}
+
+    question = needle_multiple_choice(needles[1], "image", 3)
+    assert question.answer == "heart"
+    assert "image" in question.text or "these" in question.text
+    assert question.prompt == f"{question.text} Options: {'; '.join(question.options)}."

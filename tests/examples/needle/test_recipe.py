@@ -1,0 +1,62 @@
+"""`examples/needle/run.sh`: its stages build on each other, and it continues where it was stopped."""
+
+from pathlib import Path
+
+import needle
+from needle import training_data
+from needle.training_data import RECORDS
+from transformers import HfArgumentParser, TrainingArguments
+
+from mambamia_hf.training.arguments import parse_arguments
+from mambamia_hf.training.features import FeatureArguments
+
+
+SCRIPT = Path(needle.__file__).with_name("run.sh")
+
+
+def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
+    output = tmp_path / "a run"
+    written = {}
+    monkeypatch.setattr(training_data, "write_data", lambda folder, write, count: written.update({folder: count}))
+    commands = modules_of(SCRIPT, output)
+    for module, arguments in commands:
+        if module == "needle.training_data":
+            training_data.main(arguments)
+    assert written == {output / "stills": 8000, output / "videos": 12000}
+
+    (vision,) = (arguments for module, arguments in commands if module == "needle.pretrain_vision")
+    (vision,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(vision)
+    assert vision.output_dir == str(output / "vision") and vision.warmup_steps == 0.1
+
+    features = [
+        HfArgumentParser(FeatureArguments).parse_args_into_dataclasses(arguments)[0]
+        for module, arguments in commands
+        if module == "mambamia_hf.training.features"
+    ]
+    assert [Path(one.media_folder) for one in features] == list(written)
+    assert all(one.data == [str(Path(one.media_folder) / RECORDS)] for one in features)
+    assert {one.model for one in features} == {vision.output_dir}
+
+    stages = [parse_arguments(arguments) for module, arguments in commands if module == "mambamia_hf.training"]
+    assert [stage.stage for stage, _ in stages] == ["image", "align", "video", "video"]
+    assert [stage.length_scale for stage, _ in stages] == [1, 1, 1, 8]
+    model = vision.output_dir
+    for stage, training in stages:
+        assert stage.model == model
+        assert [stage.features] == list({one.output for one in features})
+        assert [Path(folder).parent for folder in stage.data] == [
+            output / ("stills" if stage.stage == "image" else "videos")
+        ]
+        assert (training.seed, training.weight_decay, training.warmup_steps) == (2025, 0.05, 0.05)
+        model = training.output_dir
+    assert model == str(output / "long_video")
+
+
+def test_finished_stages_are_left_out(modules_of, tmp_path):
+    output = tmp_path / "a run"
+    for name in ("vision", "image"):
+        (output / name).mkdir(parents=True)
+        (output / name / "trainer_state.json").touch()
+    modules = [module for module, _ in modules_of(SCRIPT, output)]
+    assert modules.count("mambamia_hf.training") == 3
+    assert "needle.pretrain_vision" not in modules
