@@ -1,6 +1,7 @@
 """The model: dropped frames are really dropped, and everything else is as in any model of Transformers."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mambamia_hf.versions import CACHE_NAME
 
 LONG, SHORT = 12, 7  # frames of the two videos, which keep different numbers of them
 PROMPT = prompt([5, 6], LONG, [7, 8])
+QUESTION = torch.tensor([[9, 10, 11]])
 
 
 @pytest.fixture(scope="module")
@@ -493,6 +495,21 @@ def test_a_video_after_cached_turns(model, video):
         second = model(PROMPT, pixel_values_videos=video, past_key_values=cache, attention_mask=mask)
         torch.testing.assert_close(second.logits, whole.logits[:, 4:])
         assert cache.get_seq_length() == whole.logits.shape[1]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_the_cache_by_any_of_its_names(model, video, name):
+    """Transformers before and after 5.24, and Mamba language models, call it differently."""
+    cache = DynamicCache(config=model.config.text_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = model(PROMPT, pixel_values_videos=video, use_cache=True, **{name: cache})
+        second = model(QUESTION, **{name: cache})
+    assert first[CACHE_NAME] is cache
+    whole = model(torch.cat([PROMPT, QUESTION], dim=1), pixel_values_videos=video)
+    torch.testing.assert_close(second.logits, whole.logits[:, -QUESTION.shape[1] :])
+    with pytest.raises(ValueError, match="cache is given as"):
+        model(PROMPT, cache=cache, past_key_values=cache)
 
 
 def test_end_of_frame_vector(video):

@@ -2,14 +2,15 @@
 
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, SiglipImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import TextInput
-from transformers.video_utils import VideoInput
 
 from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
@@ -17,43 +18,8 @@ from .tokenization_mambamia import load_tokenizer
 from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs
 
 
-# The dialogue format of Qwen2. What the assistant says, its end mark included, is marked as such for training.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- elif content -%}
-        {%- for item in content -%}
-            {%- if item['type'] == 'video' -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- elif item['type'] == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif item['type'] == 'text' -%}
-                {{- item['text'] -}}
-            {%- else -%}
-                {{- raise_exception("Content of type " + item['type'] + " in a message: use text, image or video.") -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {%- if loop.first and message['role'] != 'system' -%}
-        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-    {%- endif -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}
-            {{- render(message['content']) + '<|im_end|>' -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- render(message['content']) + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+# The dialogue format of Qwen2, with the assistant's turns marked for training. A checkpoint brings its own template.
+_CHAT_TEMPLATE = Path(__file__).with_name("checkpoint") / "chat_template.jinja"
 
 
 class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
@@ -69,8 +35,8 @@ class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
 
 
 class MambaMiaProcessorKwargs(ProcessingKwargs, total=False):
-    videos_kwargs: MambaMiaVideosKwargs
-    _defaults = {}  # Transformers 5.20 looks it up, and typed dictionaries do not inherit it
+    videos_kwargs: MambaMiaVideosKwargs  # type: ignore[misc]  # narrower, as in Transformers' own processors
+    _defaults = {}  # type: ignore[misc]  # Transformers 5.20 looks it up, and typed dictionaries do not inherit it
 
 
 class MambaMiaProcessor(ProcessorMixin):
@@ -97,19 +63,21 @@ class MambaMiaProcessor(ProcessorMixin):
         `ValueError`: if `keep_frames` and `keep_ratio` are both given or out of range, or the tokenizer lacks a token.
     """
 
-    valid_processor_kwargs = MambaMiaProcessorKwargs
+    valid_processor_kwargs = MambaMiaProcessorKwargs  # type: ignore[assignment]  # as in Transformers' own processors
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        video_processor=None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: MambaMiaVideoProcessor | None = None,
         chat_template: str | None = None,
         tokens_per_frame: int = 24,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
     ):
         frame_budget(1, keep_frames, keep_ratio)  # raises for an impossible budget
+        if chat_template is None and _CHAT_TEMPLATE.is_file():
+            chat_template = _CHAT_TEMPLATE.read_text(encoding="utf-8")
         self.tokens_per_frame = tokens_per_frame
         self.keep_frames = keep_frames
         self.keep_ratio = keep_ratio
@@ -121,7 +89,7 @@ class MambaMiaProcessor(ProcessorMixin):
             image_processor,
             tokenizer,
             video_processor,
-            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+            chat_template=chat_template,
         )
 
     @classmethod
@@ -157,21 +125,21 @@ class MambaMiaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "num_kept_frames"]
 
-    def prepare_inputs_layout(
+    def prepare_inputs_layout(  # type: ignore[override]  # the base class declares no `self`
         self,
-        images: ImageInput | None = None,
+        images: Any = None,
         text: TextInput | list[TextInput] | None = None,
-        videos: VideoInput | None = None,
-        audio=None,
-        **kwargs,
-    ):
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if images is not None:
             images = make_flat_list_of_images(self._load_images(images))
         if videos is not None:
             videos = self.video_processor.make_video_list(videos)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def _load_images(self, images: ImageInput) -> ImageInput:
+    def _load_images(self, images: Any) -> Any:
         if isinstance(images, list | tuple):
             return [self._load_images(image) for image in images]
         if isinstance(images, str | os.PathLike):
@@ -183,14 +151,14 @@ class MambaMiaProcessor(ProcessorMixin):
                 ) from error
         return images
 
-    def validate_inputs(
+    def validate_inputs(  # type: ignore[override]  # the base class declares no `self`
         self,
-        images: ImageInput | None = None,
+        images: Any = None,
         text: list[TextInput] | None = None,
-        videos: VideoInput | None = None,
-        audio=None,
-        **kwargs,
-    ):
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if images is None and text is None and videos is None:
             raise ValueError("There is nothing to process: pass `text`, `images` or `videos`.")
         if text is None:
@@ -208,8 +176,8 @@ class MambaMiaProcessor(ProcessorMixin):
                 "type video or image for each."
             )
 
-    def _process_videos(
-        self, videos: VideoInput, keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
+    def _process_videos(  # type: ignore[override]  # Transformers passes the options by name
+        self, videos: Sequence[Any], keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
         processed = self.video_processor(videos, **kwargs)
         budget = self._budget(keep_frames, keep_ratio)
@@ -223,7 +191,7 @@ class MambaMiaProcessor(ProcessorMixin):
         ]
         return processed, replacements
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.tokens_per_frame
 
     def replace_video_token(
@@ -232,7 +200,7 @@ class MambaMiaProcessor(ProcessorMixin):
         video_idx: int,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> str:
         num_frames = int(video_inputs["frame_mask"][video_idx].sum())
         return self.video_token * self.num_video_tokens(num_frames, keep_frames, keep_ratio)
@@ -249,7 +217,12 @@ class MambaMiaProcessor(ProcessorMixin):
             return self.keep_frames, self.keep_ratio
         return keep_frames, keep_ratio
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
         """
         Computes the number of placeholders that inputs of the given sizes get.
 
@@ -257,7 +230,8 @@ class MambaMiaProcessor(ProcessorMixin):
             image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image.
             video_sizes (`list[tuple[int, int, int]]`, *optional*): Sampled frames, height and width of each video.
         """
-        videos_kwargs = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["videos_kwargs"]
+        kwargs_class: Any = self.valid_processor_kwargs
+        videos_kwargs = self._merge_kwargs(kwargs_class, **kwargs)["videos_kwargs"]
         budget = videos_kwargs.get("keep_frames"), videos_kwargs.get("keep_ratio")
         data = {}
         if image_sizes is not None:
@@ -268,11 +242,11 @@ class MambaMiaProcessor(ProcessorMixin):
         return MultiModalData(**data)
 
 
-def _token_id(tokenizer, token: str) -> int | None:
+def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int | None:
     if tokenizer is None:
         return None
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    if token_id is None or token_id == tokenizer.unk_token_id:
+    token_id = tokenizer.get_vocab().get(token)
+    if token_id is None:
         raise ValueError(
             f"The tokenizer has no token {token}: use that of Qwen2.5 or later, or make the processor with "
             "`MambaMiaProcessor.from_vision_text_pretrained`, which adds it."
