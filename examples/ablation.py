@@ -40,7 +40,7 @@ from train import prepare_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, select_frames
-from mambamia_hf.configuration_mambamia import num_kept_frames
+from mambamia_hf.frame_selection import frame_budget
 from mambamia_hf.modeling_mambamia import MambaMiaFeaturesOutput
 from mambamia_hf.needle import TASKS, multiple_choice
 from mambamia_hf.training_data import ConversationCollator, MediaReader, VisionFeatures, load_records
@@ -208,7 +208,7 @@ def uniform(ratio: float) -> Callable[[CompressedVideo], Tensor]:
     """Keeps the middle frames of as many equal stretches as there are frames to keep."""
 
     def select(video: CompressedVideo) -> Tensor:
-        count = num_kept_frames(video.num_frames, None, ratio)
+        count = frame_budget(video.num_frames, None, ratio)
         kept = torch.zeros(video.num_frames, dtype=torch.bool)
         kept[((torch.arange(count) + 0.5) * video.num_frames / count).long()] = True
         return kept

@@ -14,7 +14,6 @@ from mambamia_hf import (
     MambaMiaConfig,
     MambaMiaForConditionalGeneration,
 )
-from mambamia_hf.configuration_mambamia import num_kept_frames
 
 
 def test_defaults_are_the_full_size_model():
@@ -192,10 +191,3 @@ def test_impossible_models(settings, message):
 def test_wrong_types_are_refused_as_by_any_config(settings, message):
     with pytest.raises(StrictDataclassFieldValidationError, match=message):
         MambaMiaCompressorConfig(**settings)
-
-
-def test_number_of_kept_frames():
-    assert num_kept_frames(10) == 10
-    assert num_kept_frames(10, keep_frames=3) == 3 and num_kept_frames(10, keep_frames=30) == 10
-    assert num_kept_frames(10, keep_ratio=0.25) == 2 and num_kept_frames(10, keep_ratio=1) == 10
-    assert num_kept_frames(10, keep_ratio=0.01) == 1

@@ -4,7 +4,7 @@ from golden import load_golden
 from tiny_model import tiny_compressor_config
 from torch import nn
 
-from mambamia_hf import MambaMiaCompressor, modeling_compressor, select_frames
+from mambamia_hf import MambaMiaCompressor, modeling_compressor
 from mambamia_hf.convert_original_checkpoint import compressor_from_original
 from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation
 
@@ -193,60 +193,6 @@ def test_wrong_features_are_named():
         compressor(torch.randn(1, 2, 9, 13))
     with pytest.raises(ValueError, match="without frames"):
         compressor(torch.randn(1, 0, 9, 12))
-
-
-def test_select_by_threshold_is_algorithm_1():
-    deltas = torch.tensor([[0.25, 0.25, 0.5, 0.125, 1.0, 0.375]])
-    assert select_frames(deltas, threshold=0.5).tolist() == [[False, True, True, False, True, False]]
-    assert select_frames(deltas, threshold=0).all()
-    assert select_frames(deltas).all()
-
-
-def test_select_keeps_the_largest_when_nothing_reaches_the_threshold():
-    assert select_frames(torch.tensor([[0.1, 0.3, 0.2]]), threshold=9).tolist() == [[False, True, False]]
-
-
-def test_select_by_budget_is_exact_for_any_deltas():
-    generator = torch.Generator().manual_seed(0)
-    for frames in range(1, 40):
-        uniform = torch.rand(frames, generator=generator)
-        for deltas in (uniform, uniform**20, uniform * (uniform > 0.8), torch.zeros(frames), torch.ones(frames)):
-            for keep in range(1, frames + 1):
-                assert select_frames(deltas[None], keep_frames=keep).sum() == keep
-
-
-def test_select_by_budget_follows_the_deltas():
-    deltas = torch.full((1, 100), 0.01)
-    assert select_frames(deltas, keep_ratio=0.5).nonzero()[:, 1].diff().unique().tolist() == [2]
-    deltas[0, 40:60] = 1.0
-    kept = select_frames(deltas, keep_frames=20)
-    assert kept[0, 40:60].sum() >= 19
-    assert select_frames(deltas, keep_frames=500).all()
-
-
-def test_select_leaves_padding_out():
-    deltas = torch.rand(2, 8)
-    mask = torch.arange(8) < torch.tensor([[8], [3]])
-    for arguments in ({"threshold": 0.4}, {"keep_frames": 2}, {"keep_ratio": 0.5}, {}):
-        kept = select_frames(deltas, frame_mask=mask, **arguments)
-        assert not kept[1, 3:].any()
-        assert torch.equal(kept[1, :3], select_frames(deltas[1:, :3], **arguments)[0])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"threshold": 0.5, "keep_frames": 3},
-        {"keep_frames": 3, "keep_ratio": 0.5},
-        {"keep_frames": 0},
-        {"keep_ratio": 0.0},
-        {"keep_ratio": 1.5},
-        {"threshold": -1.0},
-    ],
-)
-def test_select_rejects(arguments):
-    with pytest.raises(ValueError, match="|".join(arguments)):
-        select_frames(torch.rand(1, 4), **arguments)
 
 
 @pytest.mark.parametrize(

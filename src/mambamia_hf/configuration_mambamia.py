@@ -7,29 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-
-def num_kept_frames(num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None) -> int:
-    """How many of `num_frames` frames an exact budget keeps; all of them without a budget.
-
-    Args:
-        num_frames: frames of the video.
-        keep_frames: a number of frames, at least 1; a video that has fewer keeps them all.
-        keep_ratio: a share of the frames, in (0, 1]; at least one frame is kept.
-
-    Raises:
-        ValueError: if both are given, or one is out of range.
-    """
-    if keep_frames is not None and keep_ratio is not None:
-        raise ValueError(f"Set keep_frames or keep_ratio, not both (got {keep_frames} and {keep_ratio}).")
-    if keep_frames is not None:
-        if isinstance(keep_frames, bool) or keep_frames != int(keep_frames) or keep_frames < 1:
-            raise ValueError(f"keep_frames must be a whole number of at least 1, not {keep_frames}.")
-        return min(int(keep_frames), num_frames)
-    if keep_ratio is not None:
-        if not 0 < keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must lie above 0 and at most at 1, not {keep_ratio}.")
-        return max(1, round(keep_ratio * num_frames))
-    return num_frames
+from .frame_selection import frame_budget
 
 
 @strict
@@ -354,7 +332,7 @@ class MambaMiaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}.")
-        num_kept_frames(1, self.keep_frames, self.keep_ratio)
+        frame_budget(1, self.keep_frames, self.keep_ratio)
         if self.delta_threshold is not None and (self.keep_frames is not None or self.keep_ratio is not None):
             raise ValueError(
                 f"delta_threshold={self.delta_threshold} and a budget (keep_frames={self.keep_frames}, "
@@ -372,4 +350,4 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
-__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig", "num_kept_frames"]
+__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig"]

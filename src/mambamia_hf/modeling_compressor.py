@@ -13,7 +13,7 @@ from transformers.integrations import use_kernelized_func
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .configuration_mambamia import MambaMiaCompressorConfig, num_kept_frames
+from .configuration_mambamia import MambaMiaCompressorConfig
 from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
 
@@ -520,86 +520,8 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         return anchors, deltas
 
 
-def select_frames(
-    frame_deltas: Tensor,
-    threshold: float | None = None,
-    keep_frames: int | None = None,
-    keep_ratio: float | None = None,
-    frame_mask: Tensor | None = None,
-) -> Tensor:
-    r"""Delta sampling: which frames go on to the language model.
-
-    With `threshold` δ, the paper's Algorithm 1: $A \leftarrow A + \Delta_t$, and where $A \ge \delta$ frame t is kept
-    and A starts again from 0. When nothing reaches δ, the frame with the largest Δ is kept.
-
-    With an exact budget of K frames, the same accumulation with the step chosen so that K frames come out: a frame
-    counts for at most one step, c with $\sum_t \min(\Delta_t, c) = K c$, and is kept where the sum of
-    $\min(\Delta_t, c)$ passes a multiple of c.
-
-    Args:
-        frame_deltas: `(batch, frames)`, not negative.
-        threshold: δ, not negative; 0 keeps every frame.
-        keep_frames: budget as a number of frames; a video that has fewer keeps them all.
-        keep_ratio: budget as a share of the frames in (0, 1].
-        frame_mask: `(batch, frames)`, True for frames; all are frames where absent.
-
-    Returns:
-        `(batch, frames)`, True for the frames that are kept. Without threshold and budget these are all frames.
-
-    Raises:
-        ValueError: for a threshold together with a budget, two budgets, or one out of range.
-    """
-    if threshold is not None and (keep_frames is not None or keep_ratio is not None):
-        raise ValueError(
-            f"threshold={threshold} and a budget (keep_frames={keep_frames}, keep_ratio={keep_ratio}) exclude each "
-            f"other; give one of them."
-        )
-    if threshold is not None and threshold < 0:
-        raise ValueError(f"threshold must not be negative, not {threshold}.")
-    num_kept_frames(1, keep_frames, keep_ratio)
-    if frame_mask is None:
-        frame_mask = torch.ones_like(frame_deltas, dtype=torch.bool)
-    selected = torch.zeros_like(frame_mask, dtype=torch.bool)
-    for video, mask in enumerate(frame_mask.bool()):
-        deltas = frame_deltas[video, mask].detach().double().cpu()
-        if threshold is not None:
-            kept = _keep_by_threshold(deltas, threshold)
-        else:
-            kept = _keep_by_budget(deltas, num_kept_frames(len(deltas), keep_frames, keep_ratio))
-        selected[video, mask] = kept.to(selected.device)
-    return selected
-
-
-def _keep_by_threshold(deltas: Tensor, threshold: float) -> Tensor:
-    kept, accumulated = [], 0.0
-    for delta in deltas.tolist():
-        accumulated += delta
-        kept.append(accumulated >= threshold)
-        if kept[-1]:
-            accumulated = 0.0
-    if not any(kept) and kept:
-        kept[int(deltas.argmax())] = True
-    return torch.tensor(kept, dtype=torch.bool)
-
-
-def _keep_by_budget(deltas: Tensor, budget: int) -> Tensor:
-    if budget >= len(deltas):
-        return torch.ones(len(deltas), dtype=torch.bool)
-    # Frames without any Δ still have to fill a budget that the others cannot.
-    deltas = deltas.clamp(min=max(1e-6 * deltas.max().item(), 1e-30))
-    # c: where the m largest count for one step each, the others share the remaining K - m steps.
-    descending = deltas.sort(descending=True).values
-    rest = deltas.sum() - nn.functional.pad(descending.cumsum(0), (1, 0))[:budget]
-    steps = rest / (budget - torch.arange(budget))
-    step = steps[(descending[:budget] <= steps * (1 + 1e-12)).int().argmax()]
-    # The margin keeps a sum that should reach a multiple of c from missing it by a rounding error.
-    passed = torch.floor((deltas.clamp(max=step) / step).cumsum(0) + 1e-6)
-    return passed.diff(prepend=passed.new_zeros(1)) > 0
-
-
 __all__ = [
     "MambaMiaCompressor",
     "MambaMiaCompressorOutput",
     "MambaMiaCompressorPreTrainedModel",
-    "select_frames",
 ]

@@ -29,7 +29,8 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
-from .modeling_compressor import MambaMiaCompressor, select_frames
+from .frame_selection import select_frames
+from .modeling_compressor import MambaMiaCompressor
 from .tokenization_mambamia import load_tokenizer
 
 

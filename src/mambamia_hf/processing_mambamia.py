@@ -10,7 +10,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput
 
-from .configuration_mambamia import MambaMiaConfig, num_kept_frames
+from .configuration_mambamia import MambaMiaConfig
+from .frame_selection import frame_budget
 from .tokenization_mambamia import load_tokenizer
 from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs
 
@@ -107,7 +108,7 @@ class MambaMiaProcessor(ProcessorMixin):
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
     ):
-        num_kept_frames(1, keep_frames, keep_ratio)  # raises for an impossible budget
+        frame_budget(1, keep_frames, keep_ratio)  # raises for an impossible budget
         self.num_frame_tokens = num_frame_tokens
         self.keep_frames = keep_frames
         self.keep_ratio = keep_ratio
@@ -232,7 +233,7 @@ class MambaMiaProcessor(ProcessorMixin):
         """Placeholders of a video of so many frames, with a budget of this call or else of this processor."""
         if keep_frames is None and keep_ratio is None:
             keep_frames, keep_ratio = self.keep_frames, self.keep_ratio
-        return num_kept_frames(num_frames, keep_frames, keep_ratio) * self.num_frame_tokens
+        return frame_budget(num_frames, keep_frames, keep_ratio) * self.num_frame_tokens
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
