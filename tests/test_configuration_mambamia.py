@@ -141,7 +141,7 @@ def test_non_square_frames():
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must not be negative"),
         ({"initializer_range": -0.1}, "initializer_range must not be negative"),
         ({"gpa_dropout": 1.0}, "gpa_dropout must lie in .0, 1., not 1.0"),
-        ({"time_stretch": 0.5}, "time_stretch must be at least 1, not 0.5"),
+        ({"length_scale": 0.5}, "length_scale must be at least 1, not 0.5"),
     ],
 )
 def test_impossible_compressors(settings, message):

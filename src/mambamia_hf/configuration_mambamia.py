@@ -35,7 +35,7 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
             residual stream after each mixer (the paper's equations); `"pre_mixer"` replaces them in the mixer's input
             only and keeps the gate within [0.01, 0.99] (the released code); `None` leaves GPA out.
         gpa_dropout (`float`, defaults to 0.1): dropout on the anchor on its way into the attention and the gate.
-        time_stretch (`float`, defaults to 1.0): in training, stage 2's Δ of the quieter half of a video's frames is
+        length_scale (`float`, defaults to 1.0): in training, stage 2's Δ of the quieter half of a video's frames is
             multiplied at random, as if the video lasted up to so many times longer and nothing went on in the added
             time; the paper has none. What stage 2 remembers then survives videos longer than those of training.
         time_step_limit (`tuple`, defaults to `(0.0, inf)`): range that Δ is clamped to.
@@ -70,7 +70,7 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     input_norm: bool = False
     gpa_placement: Literal["post_mixer", "pre_mixer"] | None = "post_mixer"
     gpa_dropout: float | int = 0.1
-    time_stretch: float | int = 1.0
+    length_scale: float | int = 1.0
     time_step_limit: list[float | int] | tuple[float | int, ...] = (0.0, float("inf"))
     time_step_min: float = 0.001
     time_step_max: float = 0.1
@@ -142,8 +142,8 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         for name in ("time_step_floor", "rms_norm_eps", "initializer_range"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
-        if self.time_stretch < 1:
-            raise ValueError(f"time_stretch must be at least 1, not {self.time_stretch}.")
+        if self.length_scale < 1:
+            raise ValueError(f"length_scale must be at least 1, not {self.length_scale}.")
         if not 0 <= self.gpa_dropout < 1:
             raise ValueError(f"gpa_dropout must lie in [0, 1), not {self.gpa_dropout}.")
 
