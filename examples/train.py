@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
 
     processor = AutoProcessor.from_pretrained(stage.model)
     model = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
-    model.config.compressor_config.time_stretch = stage.video_stretch
+    model.config.compressor_config.length_scale = stage.video_stretch
     media = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
     if stage.features is not None:
         media = VisionFeatures(stage.features, media.settings(model))

@@ -4,9 +4,12 @@ from golden import load_golden
 from tiny_model import tiny_compressor_config
 from torch import nn
 
-from mambamia_hf import MambaMiaCompressor, modeling_compressor, select_frames
+from mambamia_hf import MambaMiaCompressor
 from mambamia_hf.convert_original_checkpoint import compressor_from_original
 from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation
+
+
+PLACEMENTS = ["post_mixer", "pre_mixer", None]
 
 
 def tiny_compressor(**kwargs) -> MambaMiaCompressor:
@@ -147,25 +150,25 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 @pytest.mark.parametrize("settings", [{}, {"temporal_bidirectional": True}, {"mixer_type": "mamba1"}])
-def test_time_stretch_is_for_training_alone(settings):
+def test_length_scale_is_for_training_alone(settings):
     compressor = tiny_compressor(gpa_dropout=0.0, initializer_range=0.5, **settings)
     features = torch.randn(2, 8, 9, 12)
     expected = compressor(features)
-    compressor.config.time_stretch = 4.0
+    compressor.config.length_scale = 4.0
     assert torch.equal(compressor(features).last_hidden_state, expected.last_hidden_state)
     stretched = compressor.train()(features)
     torch.testing.assert_close(stretched.frame_deltas, expected.frame_deltas)
     assert not torch.allclose(stretched.last_hidden_state, expected.last_hidden_state, atol=1e-3)
-    compressor.config.time_stretch = 1.0
+    compressor.config.length_scale = 1.0
     torch.testing.assert_close(compressor(features).last_hidden_state, expected.last_hidden_state)
 
 
-def test_time_stretch_is_a_larger_step_in_the_quieter_half():
+def test_length_scale_is_a_larger_step_in_the_quieter_half():
     ssm = tiny_compressor().temporal_layers[0].mixer.forward_ssm
     inputs = torch.randn(2, 6, sum(ssm.input_split))
     _, delta, _ = ssm(inputs)
     torch.manual_seed(0)
-    y, same_delta, _ = ssm(inputs, time_stretch=4.0)
+    y, same_delta, _ = ssm(inputs, length_scale=4.0)
     assert torch.equal(same_delta, delta)
     torch.manual_seed(0)
     factor = 1 + 6 * torch.rand(2, 1, 1)
@@ -185,68 +188,57 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded(features).last_hidden_state, compressor(features).last_hidden_state)
 
 
-def test_wrong_features_are_named():
+def test_wrong_shapes_are_named():
     compressor = tiny_compressor()
     with pytest.raises(ValueError, match="10 patches.*patches_per_anchor=3"):
         compressor(torch.randn(1, 2, 10, 12))
-    with pytest.raises(ValueError, match="input_size is 12"):
+    with pytest.raises(ValueError, match="input_size is 12, not .*13"):
         compressor(torch.randn(1, 2, 9, 13))
+    with pytest.raises(ValueError, match=r"num_frames, num_patches.*not \(2, 9, 12\)"):
+        compressor(torch.randn(2, 9, 12))
     with pytest.raises(ValueError, match="without frames"):
         compressor(torch.randn(1, 0, 9, 12))
+    with pytest.raises(ValueError, match="without frames"):
+        compressor(torch.randn(2, 2, 9, 12), frame_mask=torch.tensor([[True, True], [False, False]]))
+    with pytest.raises(ValueError, match=r"frame_mask must be .*\(1, 2\) here, not \(1, 3\)"):
+        compressor(torch.randn(1, 2, 9, 12), frame_mask=torch.ones(1, 3))
 
 
-def test_select_by_threshold_is_algorithm_1():
-    deltas = torch.tensor([[0.25, 0.25, 0.5, 0.125, 1.0, 0.375]])
-    assert select_frames(deltas, threshold=0.5).tolist() == [[False, True, True, False, True, False]]
-    assert select_frames(deltas, threshold=0).all()
-    assert select_frames(deltas).all()
+@pytest.mark.parametrize("conv_kernel", [1, 2, 4])
+@pytest.mark.parametrize("cuts", [[5], [1, 2, 3], [2, 8], [9]], ids=str)
+def test_scan_goes_on_from_a_state(conv_kernel, cuts):
+    ssm = tiny_compressor(conv_kernel=conv_kernel, initializer_range=0.3).double().layers[0].mixer.forward_ssm
+    inputs = torch.randn(2, 10, sum(ssm.input_split), dtype=torch.float64)
+    expected = ssm(inputs)
+    state, outputs, deltas = None, [], []
+    for part in inputs.tensor_split(cuts, dim=1):
+        before = state
+        y, delta, state = ssm(part, before)
+        nothing, same_delta, same_state = ssm(part, before, outputs=slice(0))
+        assert nothing.shape == (2, 0, y.shape[-1]) and torch.equal(same_delta, delta)
+        torch.testing.assert_close(same_state, state)
+        outputs.append(y)
+        deltas.append(delta)
+    torch.testing.assert_close((torch.cat(outputs, dim=1), torch.cat(deltas, dim=1), state), expected)
+    assert state.conv.shape == (2, conv_kernel - 1, ssm.input_split[0]) and state.ssm.shape == (2, 4, 8, 4)
 
 
-def test_select_keeps_the_largest_when_nothing_reaches_the_threshold():
-    assert select_frames(torch.tensor([[0.1, 0.3, 0.2]]), threshold=9).tolist() == [[False, True, False]]
+def test_a_causal_mixer_goes_on_from_a_state():
+    mixer = tiny_compressor(initializer_range=0.3).double().temporal_layers[0].mixer
+    hidden_states = torch.randn(3, 9, 16, dtype=torch.float64)
+    expected, expected_delta, _ = mixer(hidden_states)
+    first, first_delta, state = mixer(hidden_states[:, :4])
+    second, second_delta, _ = mixer(hidden_states[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), expected)
+    torch.testing.assert_close(torch.cat([first_delta, second_delta], dim=1), expected_delta)
 
 
-def test_select_by_budget_is_exact_for_any_deltas():
-    generator = torch.Generator().manual_seed(0)
-    for frames in range(1, 40):
-        uniform = torch.rand(frames, generator=generator)
-        for deltas in (uniform, uniform**20, uniform * (uniform > 0.8), torch.zeros(frames), torch.ones(frames)):
-            for keep in range(1, frames + 1):
-                assert select_frames(deltas[None], keep_frames=keep).sum() == keep
-
-
-def test_select_by_budget_follows_the_deltas():
-    deltas = torch.full((1, 100), 0.01)
-    assert select_frames(deltas, keep_ratio=0.5).nonzero()[:, 1].diff().unique().tolist() == [2]
-    deltas[0, 40:60] = 1.0
-    kept = select_frames(deltas, keep_frames=20)
-    assert kept[0, 40:60].sum() >= 19
-    assert select_frames(deltas, keep_frames=500).all()
-
-
-def test_select_leaves_padding_out():
-    deltas = torch.rand(2, 8)
-    mask = torch.arange(8) < torch.tensor([[8], [3]])
-    for arguments in ({"threshold": 0.4}, {"keep_frames": 2}, {"keep_ratio": 0.5}, {}):
-        kept = select_frames(deltas, frame_mask=mask, **arguments)
-        assert not kept[1, 3:].any()
-        assert torch.equal(kept[1, :3], select_frames(deltas[1:, :3], **arguments)[0])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"threshold": 0.5, "keep_frames": 3},
-        {"keep_frames": 3, "keep_ratio": 0.5},
-        {"keep_frames": 0},
-        {"keep_ratio": 0.0},
-        {"keep_ratio": 1.5},
-        {"threshold": -1.0},
-    ],
-)
-def test_select_rejects(arguments):
-    with pytest.raises(ValueError, match="|".join(arguments)):
-        select_frames(torch.rand(1, 4), **arguments)
+def test_mamba1_refuses_a_state():
+    compressor = tiny_compressor()
+    _, _, state = compressor.temporal_layers[0].mixer(torch.randn(1, 4, 16))
+    mixer = tiny_compressor(mixer_type="mamba1").temporal_layers[0].mixer
+    with pytest.raises(ValueError, match="Mamba-1 scan cannot start from a state"):
+        mixer(torch.randn(1, 4, 16), state)
 
 
 @pytest.mark.parametrize(
@@ -293,38 +285,6 @@ def test_mamba1_deltas_are_positive():
     assert deltas.shape == (1, 5) and (deltas > 0).all()
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {},
-        {"bidirectional": False},
-        {"gpa_placement": "pre_mixer"},
-        {"gpa_placement": None},
-        {"patches_per_anchor": 1},
-        {"conv_kernel": 2},
-        {"n_groups": 2},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("segment_length", [24, 100, 239])
-def test_segments_change_nothing(variant, segment_length, monkeypatch):
-    compressor = tiny_compressor(initializer_range=0.3, **variant)
-    features = torch.randn(2, 20, 9, 12)
-    whole = compressor(features)
-    monkeypatch.setattr(modeling_compressor, "_SEGMENT_TOKENS", segment_length)
-    calls = []
-    for layer in compressor.layers:
-        monkeypatch.setattr(layer.mixer, "forward", lambda *args: calls.append(args))
-    with torch.no_grad():
-        in_segments = compressor(features)
-    assert not calls, "the whole sequence went through a mixer at once"
-    torch.testing.assert_close(in_segments.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(in_segments.frame_deltas, whole.frame_deltas, atol=1e-5, rtol=1e-5)
-
-
-PLACEMENTS = ["post_mixer", "pre_mixer", None]
-
-
 def stage_one(compressor: MambaMiaCompressor, features: torch.Tensor) -> torch.Tensor:
     """The anchors after stage 1 the plain way: every token through every block, then the anchors are read."""
     hidden_states = compressor.embed(features)
@@ -356,53 +316,3 @@ def test_reading_only_anchors_changes_nothing(placement, variant, frames):
         parameters = [parameter for parameter in compressor.layers.parameters()]
         results.append((anchors, torch.autograd.grad(anchors.square().sum(), [features, *parameters])))
     torch.testing.assert_close(results[0], results[1])
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize(("segment_tokens", "tile_tokens"), [(8, 4), (40, 12), (40, 100), (1000, 12)])
-def test_segments_and_tiles_equal_the_plain_path(placement, segment_tokens, tile_tokens, monkeypatch):
-    compressor = tiny_compressor(gpa_placement=placement, initializer_range=0.3).double()
-    features = torch.randn(2, 7, 9, 12, dtype=torch.float64)
-    expected = stage_one(compressor, features)
-    monkeypatch.setattr(modeling_compressor, "_SEGMENT_TOKENS", segment_tokens)
-    monkeypatch.setitem(modeling_compressor._TILE_TOKENS, "cpu", tile_tokens)
-    with torch.no_grad():
-        anchors = compressor(features).last_hidden_state
-        for layer in compressor.temporal_layers:
-            expected, _ = layer(expected.unflatten(1, (7, -1)))
-        torch.testing.assert_close(anchors, compressor.output_proj(compressor.norm(expected)))
-
-
-def test_segments_leave_the_features_as_they_are():
-    compressor = tiny_compressor(input_size=16)
-    features = torch.randn(1, 4, 9, 16)
-    before = features.clone()
-    with torch.no_grad():
-        compressor(features)
-    assert torch.equal(features, before)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_layer_in_place_of_the_input_projection_is_called(placement):
-    """As an adapter or a quantized layer is, which know nothing of a part of the outputs."""
-    compressor = tiny_compressor(gpa_placement=placement)
-    features = torch.randn(1, 4, 9, 12)
-    expected = compressor(features).last_hidden_state
-    for layer in compressor.layers:
-        linear = nn.Linear(*reversed(layer.mixer.in_proj.weight.shape), bias=False)
-        linear.weight = layer.mixer.in_proj.weight
-        layer.mixer.in_proj = linear
-    torch.testing.assert_close(compressor(features).last_hidden_state, expected)
-    with torch.no_grad():
-        torch.testing.assert_close(compressor(features).last_hidden_state, expected)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_half_precision_in_segments(placement):
-    compressor = tiny_compressor(gpa_placement=placement)
-    features = torch.randn(1, 6, 9, 12)
-    expected = compressor(features).last_hidden_state
-    with torch.no_grad():
-        half = compressor.bfloat16()(features.bfloat16()).last_hidden_state
-    assert half.dtype == torch.bfloat16
-    assert (half.float() - expected).norm() / expected.norm() < 0.05

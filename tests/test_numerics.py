@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import IMAGE_SIZE, NUM_ANCHORS, VIDEO_TOKEN, random_videos, tiny_model
 
-from mambamia_hf import modeling_compressor, ssd
+from mambamia_hf import compressor_segments, ssd
 
 
 def prompt(num_frames: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_result_does_not_depend_on_how_it_is_computed(monkeypatch):
     for vision_batch_size in (1, 5, 100):
         check(vision_batch_size=vision_batch_size)
     for segment_tokens in (40, 77):
-        monkeypatch.setattr(modeling_compressor, "_SEGMENT_TOKENS", segment_tokens)
+        monkeypatch.setitem(compressor_segments.SEGMENT_TOKENS, "cpu", segment_tokens)
         check()
     for chunk_size in (1, 7, 64):
         monkeypatch.setitem(ssd._MAX_CHUNK_SIZE, "cpu", chunk_size)

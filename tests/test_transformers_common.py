@@ -146,7 +146,7 @@ class MambaMiaCompressorTester:
     def prepare_config_and_inputs_for_common(self) -> tuple[MambaMiaCompressorConfig, dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(self.batch_size, self.num_frames, 8, 12, generator=generator)
-        return self.get_config(), {"features": features.to(torch_device)}
+        return self.get_config(), {"patch_features": features.to(torch_device)}
 
 
 class MambaMiaCompressorTest(ModelTesterMixin, unittest.TestCase):

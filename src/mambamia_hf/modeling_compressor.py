@@ -1,7 +1,11 @@
-"""The compressor: many patch features a frame in, a few anchors a frame and the importance of each frame out."""
+"""The compressor: patch features of every frame in, a few anchors and the importance Δ of every frame out.
+
+In reading order: the state-space mixer, Gated Patch Aggregation (GPA), the blocks of the two stages (the second is the
+Time Axis Aggregator, TAA), and the compressor that puts them together. An anchor is a token that stands for a row of
+patches; checkpoints of the authors' code call the vector that all anchors start from `query_token`.
+"""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,18 +15,12 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations import use_kernelized_func
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
+from .compressor_segments import embed_in_segments, run_in_segments
 from .configuration_mambamia import MambaMiaCompressorConfig
-from .frame_selection import frame_budget
 from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
-
-
-# Where no gradient is asked for, stage 1 runs in segments of so many tokens: enough for matrix products at full speed.
-_SEGMENT_TOKENS = 4800
-# What lies between the products runs in tiles of so many tokens, which stay in a CPU's cache; a GPU has no need of it.
-_TILE_TOKENS = {"cpu": 300}
 
 
 @dataclass
@@ -30,46 +28,72 @@ class MambaMiaCompressorOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_frames, num_anchors, output_size)`):
-            The anchors of every frame; zero where `frame_mask` is.
+            The anchors of every frame; zero for padding.
         frame_deltas (`torch.FloatTensor` of shape `(batch_size, num_frames)`, *optional*):
-            Δ, the importance of every frame: the mean step size of the Time Axis Aggregator's scan, never negative,
-            zero where `frame_mask` is. `None` without a temporal layer.
+            Δ, the importance of every frame: the mean step size of the TAA's scan. Never negative, zero for padding.
+            `None` without a temporal layer.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    frame_deltas: torch.FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
+    frame_deltas: Tensor | None = None
 
 
-def _in_full(tensor: Tensor) -> Tensor:
-    """In float32, or float64 where it is that: what step sizes and decays are computed in."""
+class ScanState(NamedTuple):
+    """What one direction of a mixer has to remember of the tokens that it has passed, in the order of its scan.
+
+    A scan that starts from the state that another one left goes on as if both were one.
+
+    Args:
+        conv: `(batch_size, conv_kernel - 1, channels)`, the last inputs of the convolution.
+        ssm: `(batch_size, num_heads, head_dim, state_size)`, the state h of the scan.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    """Step sizes and decays are computed in float32, or in float64 where the input is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _stretch_quiet_time(delta: Tensor, stretch: float) -> Tensor:
-    """Δ `(batch, length, heads)` with that of the half of the tokens that have least of it multiplied by a factor.
+def _lengthen_quiet_time(delta: Tensor, length_scale: float) -> Tensor:
+    """Multiplies Δ of the quieter half of the tokens by a random factor, one for each sequence.
 
-    As Δ is the time that a token lasts for the scan, this is as if the sequence had up to `stretch` times the length,
-    and nothing went on in what was added. The factor is drawn for each sequence.
+    Δ is how long a token lasts for the scan. The factor is uniform between 1 and `2 * length_scale - 1`, so a sequence
+    seems 1 to `length_scale` times as long, and nothing happens in the added time.
+
+    Args:
+        delta: `(batch_size, length, num_heads)`.
+        length_scale: at least 1; 1 changes nothing.
     """
-    if stretch == 1:
+    if length_scale == 1:
         return delta
     importance = delta.detach().mean(dim=-1, keepdim=True)
     quiet = importance <= importance.median(dim=1, keepdim=True).values
-    factor = 1 + 2 * (stretch - 1) * torch.rand(len(delta), 1, 1, device=delta.device)
+    factor = 1 + 2 * (length_scale - 1) * torch.rand(len(delta), 1, 1, device=delta.device)
     return torch.where(quiet, factor * delta, delta)
 
 
 class MambaMiaCausalConv1d(nn.Conv1d):
-    """Causal depthwise convolution and SiLU; a module that is called, so that offloading brings its weights."""
+    """Causal depthwise convolution and SiLU; its forward uses its weights, so that offloading hooks bring them."""
+
+    bias: Tensor
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """`(batch, length, channels)` to the same shape; `context` as in `causal_conv1d_silu`."""
+        """`(batch_size, length, channels)` to the same shape; `context` as in `causal_conv1d_silu`."""
         return causal_conv1d_silu(x, self.weight.squeeze(1), self.bias, context)
 
 
 @use_kernelized_func([_kernel_chunk_scan, _kernel_causal_conv1d])
 class MambaMiaMamba2SSM(nn.Module):
-    """One direction of a Mamba-2 mixer: causal convolution, scan with one A a head, RMS norm."""
+    r"""One direction of a Mamba-2 mixer: causal convolution, scan with one A per head, RMS norm.
+
+    $\Delta_t = \mathrm{softplus}(dt_t + b)$, $h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t x_t$,
+    $y_t = C_t h_t + D x_t$ with $A = -e^{A_{log}}$.
+    """
+
+    takes_state = True
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
@@ -87,54 +111,65 @@ class MambaMiaMamba2SSM(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        context: Tensor | None = None,
-        initial_states: Tensor | None = None,
-        states_only: bool = False,
+        state: ScanState | None = None,
         outputs: slice = slice(None),
         length_scale: float = 1.0,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, ScanState]:
         """
         Args:
-            inputs: `(batch, length, intermediate_size + 2 * n_groups * state_size + heads)`: x, B, C and dt.
-            context: `(batch, conv_kernel - 1, ...)`, the inputs before these, zero where absent.
-            initial_states: `(batch, heads, head_dim, state_size)`, zero where absent.
-            states_only: whether to leave the output out, at a fraction of the price.
-            outputs: the tokens whose output is asked for.
-            length_scale: how many times longer than they are sequences may seem to the scan.
+            inputs: `(batch_size, length, intermediate_size + 2 * n_groups * state_size + num_heads)`: x, B, C and dt.
+            state: what the scan left after the tokens before these; by default these are the first.
+            outputs: the tokens whose output is wanted. With none of them (`slice(0)`) only Δ and the state are
+                computed, at a fraction of the cost and without a gradient.
+            length_scale: how many times longer a sequence may seem to the scan, see `_lengthen_quiet_time`.
 
         Returns:
-            The normed output of the scan `(batch, outputs, intermediate_size)`, before the gate; the step sizes Δ
-            `(batch, length, heads)`, in float32, without any stretch; and the states after the last token.
+            The normed output of the scan before the gate `(batch_size, num_outputs, intermediate_size)`; Δ
+            `(batch_size, length, num_heads)` in float32, without any `length_scale`; and the state after the last
+            token.
         """
         config = self.config
         xBC, dt = inputs.split(self.input_split, dim=-1)
-        context = None if context is None else context[..., : xBC.shape[-1]]
-        x, B, C = self.conv1d(xBC, context).split(self.x_split, dim=-1)
+        conv, ssm = (None, None) if state is None else state
+        x, B, C = self.conv1d(xBC, conv).split(self.x_split, dim=-1)
         x = x.unflatten(-1, (-1, config.head_dim))
         B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
-        delta = nn.functional.softplus(_in_full(dt) + _in_full(self.dt_bias)).clamp(*config.time_step_limit)
-        A = -_in_full(self.A_log).exp()
-        if states_only:
-            return None, delta, ssd_final_states(x, delta, A, B, initial_states)
-        y, states = ssd_chunk_scan(
-            x,
-            _stretch_quiet_time(delta, length_scale),
-            A,
-            B,
-            C,
-            config.chunk_size,
-            D=self.D,
-            initial_states=initial_states,
-            return_final_states=True,
-        )
-        y = y[:, outputs].flatten(2).unflatten(-1, (config.n_groups, -1))
+        delta = nn.functional.softplus(_full_precision(dt) + _full_precision(self.dt_bias))
+        delta = delta.clamp(*config.time_step_limit)
+        A = -_full_precision(self.A_log).exp()
+        if not range(inputs.shape[1])[outputs]:
+            y, ssm = x[:, outputs], ssd_final_states(x, delta, A, B, ssm)
+        else:
+            y, ssm = ssd_chunk_scan(
+                x,
+                _lengthen_quiet_time(delta, length_scale),
+                A,
+                B,
+                C,
+                config.chunk_size,
+                D=self.D,
+                initial_states=ssm,
+                return_final_states=True,
+            )
+            y = y[:, outputs]
+        y = y.flatten(2).unflatten(-1, (config.n_groups, -1))
         y = nn.functional.rms_norm(y, y.shape[-1:], eps=config.rms_norm_eps)
-        return y.flatten(2) * self.norm, delta, states
+        return y.flatten(2) * self.norm, delta, ScanState(self._last_inputs(xBC, conv), ssm)
+
+    def _last_inputs(self, xBC: Tensor, conv: Tensor | None) -> Tensor:
+        """The convolution's part of the state after `xBC`: its last `conv_kernel - 1` tokens, zeros before them."""
+        batch_size, length, channels = xBC.shape
+        reach = self.config.conv_kernel - 1
+        before = xBC.new_zeros(batch_size, reach, channels) if conv is None else conv
+        known = torch.cat([before, xBC[:, max(0, length - reach) :]], dim=1)
+        return known[:, known.shape[1] - reach :]
 
 
 @use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])
 class MambaMiaMamba1SSM(nn.Module):
-    """One direction of a Mamba-1 mixer: causal convolution, Δ, B and C from its output, scan with one A a channel."""
+    """One direction of a Mamba-1 mixer: causal convolution, from its output Δ, B and C, scan with a matrix A."""
+
+    takes_state = False
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
@@ -150,30 +185,44 @@ class MambaMiaMamba1SSM(nn.Module):
         self.D = nn.Parameter(torch.empty(channels))
 
     def forward(
-        self, inputs: Tensor, outputs: slice = slice(None), length_scale: float = 1.0
+        self, inputs: Tensor, state: None = None, outputs: slice = slice(None), length_scale: float = 1.0
     ) -> tuple[Tensor, Tensor, None]:
-        """`(batch, length, intermediate_size)` to the output of the scan, for `outputs`, and Δ, for all tokens."""
+        """As [`MambaMiaMamba2SSM`], but `inputs` is `(batch_size, length, intermediate_size)`, Δ is per channel, and
+        there is no state: this scan runs over whole sequences only.
+
+        Raises:
+            ValueError: for a state.
+        """
+        if state is not None:
+            raise ValueError("A Mamba-1 scan cannot start from a state; run it over the whole sequence.")
         x = self.conv1d(inputs)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
-        delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
+        delta = nn.functional.softplus(_full_precision(self.dt_proj(dt)) + _full_precision(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
-        steps = _stretch_quiet_time(delta, length_scale)
-        return selective_scan(x, steps, -_in_full(self.A_log).exp(), B, C, self.D)[:, outputs], delta, None
+        steps = _lengthen_quiet_time(delta, length_scale)
+        y = selective_scan(x, steps, -_full_precision(self.A_log).exp(), B, C, self.D)
+        return y[:, outputs], delta, None
 
 
 class MambaMiaInputProjection(nn.Linear):
-    """A linear layer that can be asked for some of its outputs only."""
+    """A linear layer that can compute a part of its output features only."""
 
-    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
-        """`(..., in_features)` to `(..., outputs)`."""
-        return nn.functional.linear(x, self.weight[outputs])
+    def forward(self, x: Tensor, features: slice = slice(None)) -> Tensor:
+        """`(..., in_features)` to `(..., num_features)`."""
+        return nn.functional.linear(x, self.weight[features])
 
 
 class MambaMiaMixer(nn.Module):
-    """State-space mixer, in one direction or both; what the directions share is `in_proj`, the gate and `out_proj`."""
+    r"""State-space mixer, forward or in both directions.
+
+    With z and the inputs u from one `in_proj`: $\mathrm{out\_proj}((y^\rightarrow(u) + y^\leftarrow(u)) \odot
+    \mathrm{silu}(z))$. The directions share `in_proj`, the gate and `out_proj`; the backward one runs over the flipped
+    sequence.
+    """
 
     def __init__(self, config: MambaMiaCompressorConfig, bidirectional: bool):
         super().__init__()
+        ssm_class: type[MambaMiaMamba2SSM] | type[MambaMiaMamba1SSM]
         ssm_class = MambaMiaMamba2SSM if config.mixer_type == "mamba2" else MambaMiaMamba1SSM
         self.forward_ssm = ssm_class(config)
         self.backward_ssm = ssm_class(config) if bidirectional else None
@@ -181,40 +230,60 @@ class MambaMiaMixer(nn.Module):
         self.in_proj = MambaMiaInputProjection(config.hidden_size, sum(self.in_split), bias=False)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, length_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`(batch, length, hidden_size)` to the same shape, and the forward scan's Δ `(batch, length, heads)`."""
-        z, inputs = self.project(hidden_states)
-        y, delta = self.scan(inputs, length_scale=length_scale)
-        return self.out_proj(y * nn.functional.silu(z)), delta
+    def forward(
+        self,
+        hidden_states: Tensor,
+        forward_state: ScanState | None = None,
+        backward_state: ScanState | None = None,
+        length_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, ScanState | None]:
+        """
+        Args:
+            hidden_states: `(batch_size, length, hidden_size)`.
+            forward_state: the forward scan's state after the tokens before these; by default there are none.
+            backward_state: the backward scan's state after the tokens behind these; by default there are none.
+            length_scale: see `_lengthen_quiet_time`.
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate z and what the scans of both directions take."""
-        return self.in_proj(hidden_states).split(self.in_split, dim=-1)
+        Returns:
+            `(batch_size, length, hidden_size)`; the forward scan's Δ `(batch_size, length, num_heads)`; and its state
+            after the last token (`None` for Mamba-1).
+        """
+        z, inputs = self.in_proj(hidden_states).split(self.in_split, dim=-1)
+        y, delta, state = self.scan(inputs, forward_state, backward_state, length_scale=length_scale)
+        return self.out_proj(y * nn.functional.silu(z)), delta, state
+
+    def scan(
+        self,
+        inputs: Tensor,
+        forward_state: ScanState | None = None,
+        backward_state: ScanState | None = None,
+        stride: int = 1,
+        length_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, ScanState | None]:
+        """The sum of both directions' outputs, for the last token of every `stride`; the rest as in `forward`."""
+        last, first = slice(stride - 1, None, stride), slice(0, None, stride)
+        y, delta, state = self.forward_ssm(inputs, forward_state, last, length_scale)
+        if self.backward_ssm is not None:
+            y_backward, _, _ = self.backward_ssm(inputs.flip(1), backward_state, first, length_scale)
+            y = y + y_backward.flip(1)
+        return y, delta, state
 
     def project_gate(self, hidden_states: Tensor) -> Tensor:
-        """The gate z alone."""
-        return self._project_part(hidden_states, slice(0, self.in_split[0]))
+        """The gate z `(..., intermediate_size)` alone."""
+        return self._project(hidden_states, slice(0, self.in_split[0]))
 
     def project_inputs(self, hidden_states: Tensor) -> Tensor:
-        """What the scans of both directions take, alone."""
-        return self._project_part(hidden_states, slice(self.in_split[0], None))
+        """The inputs of the scans alone."""
+        return self._project(hidden_states, slice(self.in_split[0], None))
 
-    def _project_part(self, hidden_states: Tensor, outputs: slice) -> Tensor:
+    def _project(self, hidden_states: Tensor, features: slice) -> Tensor:
         if isinstance(self.in_proj, MambaMiaInputProjection):
-            return self.in_proj(hidden_states, outputs)
-        return self.in_proj(hidden_states)[..., outputs]  # an adapter or a quantized layer in its place gives them all
-
-    def scan(self, inputs: Tensor, every: int = 1, length_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The sum of both directions' normed outputs, for the last of `every` so many tokens, and the forward Δ."""
-        y, delta, _ = self.forward_ssm(inputs, outputs=slice(every - 1, None, every), length_scale=length_scale)
-        if self.backward_ssm is not None:
-            backward = self.backward_ssm(inputs.flip(1), outputs=slice(0, None, every), length_scale=length_scale)
-            y = y + backward[0].flip(1)
-        return y, delta
+            return self.in_proj(hidden_states, features)
+        return self.in_proj(hidden_states)[..., features]  # an adapter or a quantized layer computes all features
 
 
 class MambaMiaGatedPatchAggregation(nn.Module):
-    r"""GPA: an anchor q gathers the K patches x_i of its row and decides how much of them to take in (paper, Eq. 1-3).
+    r"""GPA: the anchor q of a row takes in a gated average of the row's K patches x_i (paper, Eq. 1-3).
 
     $\alpha = \mathrm{softmax}(W_\alpha q + b_\alpha)$, $a = \sum_i \alpha_i x_i$, $g = \sigma(W_g q + b_g)$,
     $f = (1 - g) q + g a$.
@@ -228,7 +297,7 @@ class MambaMiaGatedPatchAggregation(nn.Module):
         self.gate_margin = 0.01 if config.gpa_placement == "pre_mixer" else 0.0
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(batch, rows * (K + 1), hidden_size)` to the same, with f in place of every anchor q."""
+        """`(batch_size, num_rows * (K + 1), hidden_size)` to the same shape, with f in place of every anchor q."""
         rows = hidden_states.unflatten(1, (-1, self.weight_proj.out_features + 1))
         patches, anchor = rows[:, :, :-1], rows[:, :, -1:]
         weights, gate = self.weigh(anchor)
@@ -236,131 +305,111 @@ class MambaMiaGatedPatchAggregation(nn.Module):
         return torch.cat([patches, anchor], dim=2).flatten(1, 2)
 
     def weigh(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """`(batch, rows, 1, hidden_size)` to α `(batch, rows, 1, K)` and g `(batch, rows, 1, 1)`."""
+        """`(batch_size, num_rows, 1, hidden_size)` to α `(..., 1, K)` and g `(..., 1, 1)`."""
         query = self.dropout(anchor)
-        weights = _in_full(self.weight_proj(query)).softmax(dim=-1).to(query.dtype)
+        weights = _full_precision(self.weight_proj(query)).softmax(dim=-1).to(query.dtype)
         gate = self.gate_margin + (1 - 2 * self.gate_margin) * self.gate_proj(query).sigmoid()
         return weights, gate
 
 
-class _Boundary(NamedTuple):
-    """What a scan that goes on from a token has to know of those it has passed."""
-
-    context: Tensor | None = None  # the inputs of the convolution's reach, in the order of the scan
-    states: Tensor | None = None
-
-
 class MambaMiaSpatialBlock(GradientCheckpointingLayer):
-    """A block of stage 1: mixer and GPA over the patches and anchors of all frames, with a residual connection."""
+    r"""A block of stage 1, over the patches and anchors of all frames.
+
+    What it computes depends on `gpa_placement`:
+
+    - `"post_mixer"` (the paper): $h \leftarrow \mathrm{gpa}(h + \mathrm{mixer}(\mathrm{norm}(h)))$
+    - `"pre_mixer"` (the authors' code): $h \leftarrow h + \mathrm{mixer}(\mathrm{gpa}(\mathrm{norm}(h)))$
+    - `None`: $h \leftarrow h + \mathrm{mixer}(\mathrm{norm}(h))$
+    """
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
-        self.taps, self.row_length = config.conv_kernel - 1, config.patches_per_anchor + 1
+        self.row_length = config.patches_per_anchor + 1
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = MambaMiaMixer(config, config.bidirectional)
         self.gpa = None if config.gpa_placement is None else MambaMiaGatedPatchAggregation(config)
         self.gpa_placement = config.gpa_placement
 
-    def forward(self, hidden_states: Tensor, segment_length: int | None = None, anchors_only: bool = False) -> Tensor:
-        """`(batch, rows * (K + 1), hidden_size)` to the same shape, or with `anchors_only` to one token a row.
-
-        With a `segment_length` the sequence is overwritten segment by segment, in memory that does not grow with the
-        length; exact, but without a gradient.
+    def forward(self, hidden_states: Tensor, anchors_only: bool = False, needs_gradient: bool = True) -> Tensor:
         """
-        if segment_length is not None:
-            return self._forward_in_segments(hidden_states, segment_length, anchors_only)
-        mixer_input = self._mixer_input(hidden_states)
-        if not anchors_only:
-            return self._mixed(hidden_states, self.mixer(mixer_input)[0])
-        if self.gpa_placement == "post_mixer":
-            z, inputs = self.mixer.project(mixer_input)
-            return self._read_out(hidden_states, self.mixer.scan(inputs)[0] * nn.functional.silu(z))
-        y, _ = self.mixer.scan(self.mixer.project_inputs(mixer_input), every=self.row_length)
-        z = self.mixer.project_gate(self._anchors(mixer_input))
-        return self._read_out(hidden_states, y * nn.functional.silu(z))
+        Args:
+            hidden_states: `(batch_size, num_rows * (K + 1), hidden_size)`.
+            anchors_only: whether to return the anchors alone, which costs less.
+            needs_gradient: False lets the block run segment by segment: the same result in bounded memory, but
+                without a gradient, and `hidden_states` is overwritten. (A Mamba-1 mixer runs as a whole all the same.)
 
-    def _mixer_input(self, hidden_states: Tensor) -> Tensor:
+        Returns:
+            `(batch_size, num_rows * (K + 1), hidden_size)`, or `(batch_size, num_rows, hidden_size)` with
+            `anchors_only`.
+        """
+        if not needs_gradient and self.mixer.forward_ssm.takes_state:
+            return run_in_segments(self, hidden_states, anchors_only)
+        return self.run_segment(hidden_states, anchors_only=anchors_only)[0]
+
+    def run_segment(
+        self,
+        hidden_states: Tensor,
+        forward_state: ScanState | None = None,
+        backward_state: ScanState | None = None,
+        anchors_only: bool = False,
+    ) -> tuple[Tensor, ScanState | None]:
+        """The block over whole rows of a sequence, given the states of [`MambaMiaMixer`] on either side of them.
+
+        Returns:
+            As `forward`, and the forward scan's state after the last token.
+        """
+        mixer_input = self.mixer_input(hidden_states)
+        if anchors_only:
+            return self._read_anchors(hidden_states, mixer_input, forward_state, backward_state)
+        mixed, _, state = self.mixer(mixer_input, forward_state, backward_state)
+        hidden_states = hidden_states + mixed
+        if self.gpa is not None and self.gpa_placement == "post_mixer":
+            hidden_states = self.gpa(hidden_states)
+        return hidden_states, state
+
+    def mixer_input(self, hidden_states: Tensor) -> Tensor:
+        """What the mixer takes, of the same shape as `hidden_states`."""
         hidden_states = self.norm(hidden_states)
-        return self.gpa(hidden_states) if self.gpa_placement == "pre_mixer" else hidden_states
+        if self.gpa is not None and self.gpa_placement == "pre_mixer":
+            hidden_states = self.gpa(hidden_states)
+        return hidden_states
 
-    def _mixed(self, hidden_states: Tensor, mixer_output: Tensor) -> Tensor:
-        hidden_states = hidden_states + mixer_output
-        return self.gpa(hidden_states) if self.gpa_placement == "post_mixer" else hidden_states
+    def _read_anchors(
+        self,
+        hidden_states: Tensor,
+        mixer_input: Tensor,
+        forward_state: ScanState | None,
+        backward_state: ScanState | None,
+    ) -> tuple[Tensor, ScanState | None]:
+        r"""The anchors that `run_segment` gives, without `out_proj` of every patch.
+
+        GPA after the mixer averages $h_i + \mathrm{out\_proj}(u_i)$, where u is the gated output of the scans. As
+        `out_proj` is linear, this is $\sum_i \alpha_i h_i + \mathrm{out\_proj}(\sum_i \alpha_i u_i)$: it needs u of
+        every patch, but projects only their average. In the other placements only u of the anchors matters.
+        """
+        mixer, states = self.mixer, (forward_state, backward_state)
+        if self.gpa is None or self.gpa_placement != "post_mixer":
+            y, _, state = mixer.scan(mixer.project_inputs(mixer_input), *states, stride=self.row_length)
+            gate = nn.functional.silu(mixer.project_gate(self._anchors(mixer_input)))
+            return self._anchors(hidden_states) + mixer.out_proj(y * gate), state
+        z, inputs = mixer.in_proj(mixer_input).split(mixer.in_split, dim=-1)
+        y, _, state = mixer.scan(inputs, *states)
+        h, u = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, y * nn.functional.silu(z)))
+        anchor = h[:, :, -1:] + mixer.out_proj(u[:, :, -1:])
+        weights, gate = self.gpa.weigh(anchor)
+        average = weights @ h[:, :, :-1] + mixer.out_proj(weights @ u[:, :, :-1])
+        return torch.lerp(anchor, average, gate).squeeze(2), state
 
     def _anchors(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[:, self.row_length - 1 :: self.row_length]
 
-    def _read_out(self, hidden_states: Tensor, gated: Tensor) -> Tensor:
-        """The anchors of what `_mixed` gives, from the gated outputs u of the scans, before `out_proj`.
-
-        `out_proj` is linear: Σ α_i (h_i + out_proj(u_i)) = Σ α_i h_i + out_proj(Σ α_i u_i). So GPA after the mixer
-        needs the u of every patch, as the gate is not linear, but projects none. Otherwise u is of anchors alone.
-        """
-        if self.gpa_placement != "post_mixer":
-            return self._anchors(hidden_states) + self.mixer.out_proj(gated)
-        hidden_rows, gated_rows = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, gated))
-        anchor = hidden_rows[:, :, -1:] + self.mixer.out_proj(gated_rows[:, :, -1:])
-        weights, gate = self.gpa.weigh(anchor)
-        pooled = weights @ hidden_rows[:, :, :-1] + self.mixer.out_proj(weights @ gated_rows[:, :, :-1])
-        return torch.lerp(anchor, pooled, gate).squeeze(2)
-
-    @torch.no_grad()
-    def _forward_in_segments(self, hidden_states: Tensor, segment_length: int, anchors_only: bool) -> Tensor:
-        """First the backward scan's states at the boundaries are found from right to left, then one sweep from left to
-        right finishes both directions. A segment is a whole number of rows."""
-        mixer, length = self.mixer, hidden_states.shape[1]
-        segments = [hidden_states[:, start : start + segment_length] for start in range(0, length, segment_length)]
-        entering = [_Boundary()] * len(segments)
-        for index in range(len(segments) - 1, 0, -1) if mixer.backward_ssm is not None else ():
-            inputs = mixer.project_inputs(self._mixer_input(segments[index]))
-            for _, _, leaving in self._tiles(inputs, entering[index], reverse=True, states_only=True):
-                entering[index - 1] = leaving
-
-        reads_anchors = anchors_only and self.gpa_placement != "post_mixer"
-        every = self.row_length if reads_anchors else 1
-        passed, anchors = _Boundary(), []
-        for segment, ahead in zip(segments, entering, strict=True):
-            mixer_input = self._mixer_input(segment)
-            if reads_anchors:
-                z, inputs = mixer.project_gate(self._anchors(mixer_input)), mixer.project_inputs(mixer_input)
-            else:
-                z, inputs = mixer.project(mixer_input)
-            gated = z.new_zeros(z.shape)
-            if mixer.backward_ssm is not None:
-                for tokens, y, _ in self._tiles(inputs, ahead, reverse=True, every=every):
-                    gated[:, tokens] = y
-            for tokens, y, leaving in self._tiles(inputs, passed, every=every):
-                gated[:, tokens] = y.add_(gated[:, tokens]).mul_(nn.functional.silu(z[:, tokens]))
-                passed = leaving
-            if anchors_only:
-                anchors.append(self._read_out(segment, gated))
-            else:
-                segment.copy_(self._mixed(segment, mixer.out_proj(gated)))
-        return torch.cat(anchors, dim=1) if anchors_only else hidden_states
-
-    def _tiles(
-        self, inputs: Tensor, boundary: _Boundary, reverse: bool = False, every: int = 1, states_only: bool = False
-    ) -> Iterator[tuple[slice, Tensor | None, _Boundary]]:
-        """One direction over a segment, tile by tile. For each tile: the place of its outputs among those of the last
-        token of `every` so many, the outputs, and what a scan that goes on from here has to know."""
-        ssm = self.mixer.backward_ssm if reverse else self.mixer.forward_ssm
-        length = inputs.shape[1]
-        rows = max(1, _TILE_TOKENS.get(inputs.device.type, length) // self.row_length)
-        starts = range(0, length, rows * self.row_length)
-        outputs = slice(0 if reverse else every - 1, None, every)
-        for start in reversed(starts) if reverse else starts:
-            end = min(start + starts.step, length)
-            tile = inputs[:, start:end].flip(1) if reverse else inputs[:, start:end]
-            y, _, states = ssm(tile, *boundary, states_only=states_only, outputs=outputs)
-            context = tile[:, max(0, end - start - self.taps) :]
-            if boundary.context is not None:
-                context = torch.cat([boundary.context, context], dim=1)
-            boundary = _Boundary(context[:, max(0, context.shape[1] - self.taps) :].clone(), states)
-            yield slice(start // every, end // every), y.flip(1) if reverse and y is not None else y, boundary
-
 
 class MambaMiaTemporalBlock(GradientCheckpointingLayer):
-    """A block of stage 2, the Time Axis Aggregator (TAA): a mixer along time with a residual connection."""
+    r"""A block of stage 2, the TAA: $f \leftarrow f + \mathrm{mixer}(\mathrm{norm}(f))$ along time.
+
+    The anchors of one row position form one sequence over all frames. The step size of its scan is the importance of a
+    frame: $\Delta_t$ is the mean over the heads and over the row positions.
+    """
 
     def __init__(self, config: MambaMiaCompressorConfig):
         super().__init__()
@@ -369,10 +418,11 @@ class MambaMiaTemporalBlock(GradientCheckpointingLayer):
         self.mixer = MambaMiaMixer(config, config.temporal_bidirectional)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """`(batch, frames, anchors, hidden_size)` to the same shape, and Δ of every frame `(batch, frames)`."""
+        """`(batch_size, num_frames, num_anchors, hidden_size)` to the same shape, and Δ `(batch_size, num_frames)`."""
         batch_size = hidden_states.shape[0]
         over_time = self.norm(hidden_states).transpose(1, 2).flatten(0, 1)
-        mixed, delta = self.mixer(over_time, self.config.length_scale if self.training else 1.0)
+        length_scale = self.config.length_scale if self.training else 1.0
+        mixed, delta, _ = self.mixer(over_time, length_scale=length_scale)
         mixed = mixed.unflatten(0, (batch_size, -1)).transpose(1, 2)
         return hidden_states + mixed, delta.unflatten(0, (batch_size, -1)).mean(dim=(1, 3))
 
@@ -381,9 +431,9 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
     config: MambaMiaCompressorConfig
     config_class = MambaMiaCompressorConfig
     base_model_prefix = "compressor"
-    main_input_name = "features"
+    main_input_name = "patch_features"
     supports_gradient_checkpointing = True
-    # There is no attention in it, so whichever the models around it use will do.
+    # The compressor has no attention, so it works with every implementation that the models around it use.
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -391,7 +441,7 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MambaMiaSpatialBlock", "MambaMiaTemporalBlock"]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         config = self.config
         if isinstance(module, MambaMiaMamba2SSM | MambaMiaMamba1SSM):
@@ -408,9 +458,10 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
                 init.copy_(module.A_log, torch.arange(1, config.state_size + 1).log().expand_as(module.A_log))
         elif isinstance(module, MambaMiaCompressor):
             init.normal_(module.anchor, std=config.initializer_range)
-            for layer in module.layers if config.gpa_placement is not None else ():
-                for projection in (layer.gpa.weight_proj, layer.gpa.gate_proj):
-                    init.normal_(projection.weight, std=1e-3 * config.initializer_range)
+            for gpa in module.modules():
+                if isinstance(gpa, MambaMiaGatedPatchAggregation):
+                    init.normal_(gpa.weight_proj.weight, std=1e-3 * config.initializer_range)
+                    init.normal_(gpa.gate_proj.weight, std=1e-3 * config.initializer_range)
 
 
 class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
@@ -434,173 +485,87 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         self.output_proj = nn.Linear(config.hidden_size, config.output_size)
         self.post_init()
 
-    def forward(
-        self, features: Tensor, frame_mask: Tensor | None = None, return_dict: bool | None = None
-    ) -> MambaMiaCompressorOutput | tuple[Tensor, ...]:
+    @can_return_tuple
+    def forward(self, patch_features: Tensor, frame_mask: Tensor | None = None) -> MambaMiaCompressorOutput:
         """
         Args:
-            features (`torch.FloatTensor` of shape `(batch_size, num_frames, num_patches, input_size)`):
-                Patch features of the frames; a frame's patches in row-major order.
+            patch_features (`torch.FloatTensor` of shape `(batch_size, num_frames, num_patches, input_size)`):
+                The vision tower's features of every frame, the patches of a frame in row-major order.
             frame_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
                 True for the frames of a video, False for padding. Every video gives what it gives alone.
             return_dict (`bool`, *optional*):
-                Whether to return a [`MambaMiaCompressorOutput`] in place of a tuple.
+                False returns a tuple in place of a [`MambaMiaCompressorOutput`].
 
         Raises:
-            ValueError: if the patches are not a whole number of rows, or a video has no frame.
+            ValueError: if the shapes do not fit the configuration or each other, or a video has no frame.
         """
-        self.config.num_anchors(features.shape[2])
-        if features.shape[-1] != self.config.input_size:
+        if patch_features.ndim != 4 or patch_features.shape[-1] != self.config.input_size:
             raise ValueError(
-                f"The features are {features.shape[-1]} wide and input_size is {self.config.input_size}; pass "
-                f"features of this width, or set input_size={features.shape[-1]}."
+                f"patch_features must be (batch_size, num_frames, num_patches, input_size) and input_size is "
+                f"{self.config.input_size}, not {tuple(patch_features.shape)}; pass features of this width, or build "
+                f"the compressor with their input_size."
+            )
+        self.config.num_anchors(patch_features.shape[2])  # raises for an incomplete row of patches
+        if frame_mask is not None and frame_mask.shape != patch_features.shape[:2]:
+            raise ValueError(
+                f"frame_mask must be (batch_size, num_frames), {tuple(patch_features.shape[:2])} here, not "
+                f"{tuple(frame_mask.shape)}."
             )
         if frame_mask is None or bool(frame_mask.all()):
-            anchors, deltas = self._compress(features)
+            anchors, frame_deltas = self._compress(patch_features)
         else:
-            anchors, deltas = self._compress_masked(features, frame_mask.bool())
-        output = MambaMiaCompressorOutput(last_hidden_state=anchors, frame_deltas=deltas)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+            anchors, frame_deltas = self._compress_masked(patch_features, frame_mask.bool())
+        return MambaMiaCompressorOutput(last_hidden_state=anchors, frame_deltas=frame_deltas)
 
-    def _compress(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        batch_size, num_frames = features.shape[:2]
+    def _compress(self, patch_features: Tensor) -> tuple[Tensor, Tensor | None]:
+        num_frames = patch_features.shape[1]
         if num_frames == 0:
-            raise ValueError("The compressor got a video without frames; give it one frame at least.")
-        if torch.is_grad_enabled() or self.config.mixer_type != "mamba2":
-            hidden_states, segment_length = self.embed(features), None
-        else:
-            row_length = self.config.patches_per_anchor + 1
-            segment_length = max(1, _SEGMENT_TOKENS // row_length) * row_length
-            hidden_states = self._embed_in_segments(features.flatten(1, 2), segment_length // row_length)
+            raise ValueError("The compressor got a video without frames; give it at least one frame.")
+        needs_gradient = self._needs_gradient(patch_features)
+        hidden_states = self.embed(patch_features) if needs_gradient else embed_in_segments(self, patch_features)
         for index, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, segment_length, anchors_only=index == len(self.layers) - 1)
+            is_last = index == len(self.layers) - 1
+            hidden_states = layer(hidden_states, anchors_only=is_last, needs_gradient=needs_gradient)
         anchors = hidden_states.unflatten(1, (num_frames, -1))
-        deltas = None
+        frame_deltas = None
         for layer in self.temporal_layers:
-            anchors, deltas = layer(anchors)
-        return self.output_proj(self.norm(anchors)), deltas
+            anchors, frame_deltas = layer(anchors)
+        return self.output_proj(self.norm(anchors)), frame_deltas
 
-    def embed(self, features: Tensor) -> Tensor:
-        """`(batch, frames, patches, input_size)` to the sequence of stage 1, `(batch, length, hidden_size)`."""
-        return self.input_norm(self.insert_anchors(self.input_proj(features)))
+    def _needs_gradient(self, patch_features: Tensor) -> bool:
+        learns = patch_features.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return torch.is_grad_enabled() and learns
 
-    def _embed_in_segments(self, patches: Tensor, rows: int) -> Tensor:
-        """The same from `(batch, patches, input_size)`, so many rows at a time, so that no other tensor is as long."""
-        patches_per_anchor = self.config.patches_per_anchor
-        length, hidden_states = patches.shape[1] // patches_per_anchor * (patches_per_anchor + 1), None
-        for index, segment in enumerate(patches.split(rows * patches_per_anchor, dim=1)):
-            embedded = self.embed(segment.unsqueeze(1))
-            if hidden_states is None:
-                hidden_states = embedded.new_empty(len(patches), length, embedded.shape[-1])
-            start = index * rows * (patches_per_anchor + 1)
-            hidden_states[:, start : start + embedded.shape[1]] = embedded
-        return hidden_states
+    def embed(self, patch_features: Tensor) -> Tensor:
+        """`(batch_size, num_frames, num_patches, input_size)` to the sequence of `insert_anchors`."""
+        return self.input_norm(self.insert_anchors(self.input_proj(patch_features)))
 
     def insert_anchors(self, patches: Tensor) -> Tensor:
-        """`(batch, frames, patches, hidden_size)` to one sequence: frame, row, the row's patches, then its anchor."""
+        """`(batch_size, num_frames, num_patches, hidden_size)` to `(batch_size, num_rows * (K + 1), hidden_size)`:
+        frame by frame and row by row, the K patches of the row and then its anchor."""
         rows = patches.flatten(1, 2).unflatten(1, (-1, self.config.patches_per_anchor))
         anchors = self.anchor.to(rows.dtype).expand(*rows.shape[:2], 1, -1)
         return torch.cat([rows, anchors], dim=2).flatten(1, 2)
 
-    def _compress_masked(self, features: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Videos of one length run together and without their padding, so that nothing of it can leak into a scan."""
+    def _compress_masked(self, patch_features: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compresses videos of one length together and without their padding, which so cannot leak into a scan."""
         lengths = frame_mask.sum(dim=1)
-        anchors = deltas = None
+        anchors, frame_deltas, places = [], [], []
         for length in lengths.unique().tolist():
-            videos = (lengths == length).nonzero().squeeze(1)
-            mask = frame_mask[videos]
-            part, part_deltas = self._compress(features[videos][mask].unflatten(0, (len(videos), length)))
-            if anchors is None:
-                anchors = part.new_zeros(*frame_mask.shape, *part.shape[2:])
-                deltas = None if part_deltas is None else part_deltas.new_zeros(frame_mask.shape)
-            rows, frames = mask.nonzero(as_tuple=True)
-            anchors = anchors.index_put((videos[rows], frames), part.flatten(0, 1))
-            if deltas is not None:
-                deltas = deltas.index_put((videos[rows], frames), part_deltas.flatten())
-        return anchors, deltas
+            videos = lengths == length
+            mask = frame_mask & videos.unsqueeze(1)
+            frames = patch_features[mask].unflatten(0, (int(videos.sum()), length))
+            compressed, deltas = self._compress(frames)
+            anchors.append(compressed.flatten(0, 1))
+            frame_deltas += [] if deltas is None else [deltas.flatten()]
+            places.append(mask.flatten().nonzero().squeeze(1))
+
+        def padded(frames: list[Tensor]) -> Tensor:
+            found = torch.cat(frames)
+            empty = found.new_zeros(frame_mask.numel(), *found.shape[1:])
+            return empty.index_put((torch.cat(places),), found).unflatten(0, frame_mask.shape)
+
+        return padded(anchors), padded(frame_deltas) if frame_deltas else None
 
 
-def select_frames(
-    frame_deltas: Tensor,
-    threshold: float | None = None,
-    keep_frames: int | None = None,
-    keep_ratio: float | None = None,
-    frame_mask: Tensor | None = None,
-) -> Tensor:
-    r"""Delta sampling: which frames go on to the language model.
-
-    With `threshold` δ, the paper's Algorithm 1: $A \leftarrow A + \Delta_t$, and where $A \ge \delta$ frame t is kept
-    and A starts again from 0. When nothing reaches δ, the frame with the largest Δ is kept.
-
-    With an exact budget of K frames, the same accumulation with the step chosen so that K frames come out: a frame
-    counts for at most one step, c with $\sum_t \min(\Delta_t, c) = K c$, and is kept where the sum of
-    $\min(\Delta_t, c)$ passes a multiple of c.
-
-    Args:
-        frame_deltas: `(batch, frames)`, not negative.
-        threshold: δ, not negative; 0 keeps every frame.
-        keep_frames: budget as a number of frames; a video that has fewer keeps them all.
-        keep_ratio: budget as a share of the frames in (0, 1].
-        frame_mask: `(batch, frames)`, True for frames; all are frames where absent.
-
-    Returns:
-        `(batch, frames)`, True for the frames that are kept. Without threshold and budget these are all frames.
-
-    Raises:
-        ValueError: for a threshold together with a budget, two budgets, or one out of range.
-    """
-    if threshold is not None and (keep_frames is not None or keep_ratio is not None):
-        raise ValueError(
-            f"threshold={threshold} and a budget (keep_frames={keep_frames}, keep_ratio={keep_ratio}) exclude each "
-            f"other; give one of them."
-        )
-    if threshold is not None and threshold < 0:
-        raise ValueError(f"threshold must not be negative, not {threshold}.")
-    frame_budget(1, keep_frames, keep_ratio)
-    if frame_mask is None:
-        frame_mask = torch.ones_like(frame_deltas, dtype=torch.bool)
-    selected = torch.zeros_like(frame_mask, dtype=torch.bool)
-    for video, mask in enumerate(frame_mask.bool()):
-        deltas = frame_deltas[video, mask].detach().double().cpu()
-        if threshold is not None:
-            kept = _keep_by_threshold(deltas, threshold)
-        else:
-            kept = _keep_by_budget(deltas, frame_budget(len(deltas), keep_frames, keep_ratio))
-        selected[video, mask] = kept.to(selected.device)
-    return selected
-
-
-def _keep_by_threshold(deltas: Tensor, threshold: float) -> Tensor:
-    kept, accumulated = [], 0.0
-    for delta in deltas.tolist():
-        accumulated += delta
-        kept.append(accumulated >= threshold)
-        if kept[-1]:
-            accumulated = 0.0
-    if not any(kept) and kept:
-        kept[int(deltas.argmax())] = True
-    return torch.tensor(kept, dtype=torch.bool)
-
-
-def _keep_by_budget(deltas: Tensor, budget: int) -> Tensor:
-    if budget >= len(deltas):
-        return torch.ones(len(deltas), dtype=torch.bool)
-    # Frames without any Δ still have to fill a budget that the others cannot.
-    deltas = deltas.clamp(min=max(1e-6 * deltas.max().item(), 1e-30))
-    # c: where the m largest count for one step each, the others share the remaining K - m steps.
-    descending = deltas.sort(descending=True).values
-    rest = deltas.sum() - nn.functional.pad(descending.cumsum(0), (1, 0))[:budget]
-    steps = rest / (budget - torch.arange(budget))
-    step = steps[(descending[:budget] <= steps * (1 + 1e-12)).int().argmax()]
-    # The margin keeps a sum that should reach a multiple of c from missing it by a rounding error.
-    passed = torch.floor((deltas.clamp(max=step) / step).cumsum(0) + 1e-6)
-    return passed.diff(prepend=passed.new_zeros(1)) > 0
-
-
-__all__ = [
-    "MambaMiaCompressor",
-    "MambaMiaCompressorOutput",
-    "MambaMiaCompressorPreTrainedModel",
-    "select_frames",
-]
+__all__ = ["MambaMiaCompressor", "MambaMiaCompressorOutput", "MambaMiaCompressorPreTrainedModel", "ScanState"]

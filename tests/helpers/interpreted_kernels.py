@@ -47,8 +47,11 @@ def stand_in_for_the_gpu():
     InterpreterBuilder.create_dot = dot_of_values
 
 
+SEQUENCE_LENGTH = 70
+
+
 class CopyRecorder(TorchDispatchMode):
-    """Notes what is copied while it is active and not paused."""
+    """Notes what is copied of a whole sequence while it is active and not paused."""
 
     COPIES = {"clone", "copy_", "cat", "constant_pad_nd", "flip", "index", "roll"}
 
@@ -58,9 +61,10 @@ class CopyRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in self.COPIES and not self.paused:
+        output = func(*args, **(kwargs or {}))
+        if name in self.COPIES and SEQUENCE_LENGTH in output.shape and not self.paused:
             self.copies.append(name)
-        return func(*args, **(kwargs or {}))
+        return output
 
 
 recorder = CopyRecorder()
@@ -99,7 +103,7 @@ from mamba_ssm.ops.triton import ssd_combined  # noqa: E402
 
 ssd_combined.mamba_chunk_scan_combined = observed(ssd_combined.mamba_chunk_scan_combined)
 
-from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, modeling_compressor, ssd  # noqa: E402
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, compressor_segments, ssd  # noqa: E402
 
 
 def draw(*shape: int) -> Tensor:
@@ -197,7 +201,7 @@ def compress_in_segments() -> dict[str, Tensor]:
 def boundary() -> dict:
     """What crosses the line to the kernel in one bidirectional mixer in bfloat16, and what is copied on the way."""
     mixer = compressor().layers[0].mixer.bfloat16()
-    hidden_states = draw(1, 70, 32).bfloat16()
+    hidden_states = draw(1, SEQUENCE_LENGTH, 32).bfloat16()
     calls.clear()
     with recorder:
         mixer(hidden_states)
@@ -224,7 +228,7 @@ def main(output: str):
     results = {}
     for name, arguments in scan_cases().items():
         results[name] = tuple(scan(engine, arguments) for engine in (ssd._kernel_chunk_scan, ssd._torch_chunk_scan))
-    modeling_compressor._SEGMENT_TOKENS = 30
+    compressor_segments.SEGMENT_TOKENS["cpu"] = 30
     pytorch_engine = ssd._torch_chunk_scan
     for name, function in (("trained compressor", train_compressor), ("compressor in segments", compress_in_segments)):
         given = []

@@ -1,0 +1,86 @@
+"""Stage 1 of the compressor segment by segment: the same result in bounded memory, where nothing needs a gradient.
+
+At full size the projections of one block are four times as wide as its sequence, and 384 frames are 230,400 tokens.
+A segment is a whole number of rows. What one segment has to know of the others is the state in which each scan enters
+it, so stage 1 needs the memory of its sequence and of one segment, whatever the length.
+"""
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from .modeling_compressor import MambaMiaCompressor, MambaMiaSpatialBlock, ScanState
+
+
+# Tokens in the segments of all sequences of a batch together: enough for matrix products at full speed, and on a CPU
+# few enough for what lies between the products to stay in its cache.
+SEGMENT_TOKENS = {"cpu": 1200, "cuda": 4800}
+
+
+def segment_rows(batch_size: int, row_length: int, device: torch.device) -> int:
+    """Rows of each sequence in one segment, at least one."""
+    tokens = SEGMENT_TOKENS.get(device.type, SEGMENT_TOKENS["cuda"])
+    return max(1, tokens // (batch_size * row_length))
+
+
+def embed_in_segments(compressor: "MambaMiaCompressor", patch_features: Tensor) -> Tensor:
+    """`compressor.embed`, with no other tensor as long as the sequence that it returns."""
+    batch_size, patches_per_anchor = len(patch_features), compressor.config.patches_per_anchor
+    rows = segment_rows(batch_size, patches_per_anchor + 1, patch_features.device)
+    patches = patch_features.flatten(1, 2)
+    num_rows = patches.shape[1] // patches_per_anchor
+    segments = (compressor.embed(part.unsqueeze(1)) for part in patches.split(rows * patches_per_anchor, dim=1))
+    first = next(segments)
+    hidden_states = first.new_empty(batch_size, num_rows * (patches_per_anchor + 1), first.shape[-1])
+    for place, segment in zip(hidden_states.split(first.shape[1], dim=1), chain([first], segments), strict=True):
+        place.copy_(segment)
+    return hidden_states
+
+
+@torch.no_grad()
+def run_in_segments(block: "MambaMiaSpatialBlock", hidden_states: Tensor, anchors_only: bool) -> Tensor:
+    """A block over a whole sequence: first the backward scan's states from right to left, then the output from left
+    to right.
+
+    Args:
+        block: a block with Mamba-2 mixers.
+        hidden_states: `(batch_size, length, hidden_size)`, overwritten segment by segment unless `anchors_only`.
+        anchors_only: whether to return the anchors alone.
+
+    Returns:
+        As `block.forward`.
+
+    Raises:
+        ValueError: if the mixer's scans cannot start from a state.
+    """
+    if not block.mixer.forward_ssm.takes_state:
+        raise ValueError("A Mamba-1 scan cannot start from a state, so its block cannot run in segments.")
+    batch_size = len(hidden_states)
+    rows = segment_rows(batch_size, block.row_length, hidden_states.device)
+    segments = hidden_states.split(rows * block.row_length, dim=1)
+    anchors: list[Tensor] = []
+    forward_state = None
+    for segment, backward_state in zip(segments, _backward_states(block, segments), strict=True):
+        output, forward_state = block.run_segment(segment, forward_state, backward_state, anchors_only)
+        if anchors_only:
+            anchors.append(output)
+        else:
+            segment.copy_(output)
+    return torch.cat(anchors, dim=1) if anchors_only else hidden_states
+
+
+def _backward_states(block: "MambaMiaSpatialBlock", segments: tuple[Tensor, ...]) -> "list[ScanState | None]":
+    """The state in which the backward scan enters each segment: the one that it leaves the next segment in."""
+    mixer = block.mixer
+    if mixer.backward_ssm is None:
+        return [None] * len(segments)
+    states: list[ScanState | None] = [None]
+    for segment in reversed(segments[1:]):
+        inputs = mixer.project_inputs(block.mixer_input(segment))
+        _, _, state = mixer.backward_ssm(inputs.flip(1), states[-1], outputs=slice(0))
+        states.append(state)
+    return states[::-1]
