@@ -1,6 +1,6 @@
 """Prints the lowest version of each requirement in `setup.cfg`, as constraints for pip.
 
-    python constraints/make_lowest.py > constraints/lowest.txt
+python constraints/make_lowest.py > constraints/lowest.txt
 """
 
 import re
