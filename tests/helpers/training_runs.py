@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from conversations import arguments
+from torch import Tensor
 from transformers import Trainer
 
 from mambamia_hf.training.__main__ import main
+from mambamia_hf.training.stages import part_of
 
 
 def run(folder: Path, output: Path, stage: str = "video", data: str | Path = "data.json", **settings) -> Trainer:
@@ -31,3 +34,7 @@ def run(folder: Path, output: Path, stage: str = "video", data: str | Path = "da
 
 def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parts_that_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {part_of(name) for name, tensor in after.items() if not torch.equal(tensor, before[name])}

@@ -1,13 +1,24 @@
 """Whole runs: data in every form, and what they leave behind."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conversations import arguments
-from training_runs import losses, run
+from safetensors.torch import load_file
+from training_runs import losses, parts_that_moved, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mambamia_hf.training import features
 from mambamia_hf.training.collator import reported_samples
+from mambamia_hf.training.stages import STAGES
+
+
+RECIPE = Path(__file__).parents[2] / "examples" / "train" / "run.sh"
 
 
 def test_what_is_written_loads_and_says_how_many_were_skipped(training_folder, tmp_path, capsys):
@@ -73,3 +84,23 @@ def test_out_of_memory_comes_with_advice(training_folder, tmp_path):
             run(training_folder, tmp_path)
     finally:
         hook.remove()
+
+
+@pytest.mark.slow
+def test_the_recipe(training_folder, tmp_path):
+    """Stage follows stage; what has ended is not done again."""
+    data, output = tmp_path / "the data", tmp_path / "the output"
+    data.mkdir()
+    (data / "media").symlink_to(training_folder)
+    for stage in STAGES:
+        shutil.copy(training_folder / "data.json", data / f"{stage}.json")
+    command = ["bash", RECIPE, training_folder / "model", data, output]
+    command += arguments(max_steps=1, bf16=False, use_cpu=True, num_frames=3, dataloader_num_workers=0)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(list(map(str, command)), check=True, env=environment)
+    written = [(output / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES]
+    subprocess.run(list(map(str, command)), check=True, env=environment)
+    assert written == [(output / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES]
+    before = load_file(output / "align" / "model.safetensors")
+    after = load_file(output / "video" / "model.safetensors")
+    assert parts_that_moved(before, after) == set(STAGES["video"].learns)

@@ -5,14 +5,10 @@ import torch
 from peft import PeftModel
 from tiny_model import random_videos, tiny_model
 from torch import Tensor
-from training_runs import losses, run
+from training_runs import losses, parts_that_moved, run
 from transformers import AutoModelForImageTextToText
 
-from mambamia_hf.training.stages import STAGES, part_of, prepare_model
-
-
-def parts_that_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {part_of(name) for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+from mambamia_hf.training.stages import STAGES, prepare_model
 
 
 class TestStages:
