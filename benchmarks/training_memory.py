@@ -3,7 +3,7 @@
     python benchmarks/training_memory.py
 
 For a small compressor, the peak of a whole step (forward and backward) is measured. For the full-size one, the bytes
-that a forward pass keeps for the backward pass are counted, tensor by tensor. Both are proportional to the frames, so a
+that a forward pass keeps for the backward pass are counted, tensor by tensor. Both are proportional to the frames: a
 few frames give the slope, and the slope gives 128 frames.
 """
 

@@ -92,8 +92,8 @@ def checkpoint_activations(model):
     enable()
 
 
-def saved_bytes(model, call=None, **inputs) -> int:
-    """Bytes that a forward pass, or another call, keeps for the backward pass, the model's weights left out."""
+def saved_bytes(model, call, *inputs) -> int:
+    """Bytes that a call of a model, or of a part of it, keeps for the backward pass beside the model's weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 
@@ -104,7 +104,7 @@ def saved_bytes(model, call=None, **inputs) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = (call or model)(**inputs)
+        output = call(*inputs)
     assert output is not None
     return sum(storages.values())
 
@@ -112,10 +112,10 @@ def saved_bytes(model, call=None, **inputs) -> int:
 def test_activation_checkpointing_covers_the_compressor():
     """What is kept then is little more than the input of every block."""
     compressor = tiny_model(compressor_config={"hidden_size": 64, "num_hidden_layers": 3}).train().model.compressor
-    features = torch.randn(1, 32, 16, 24)
-    plain = saved_bytes(compressor, features=features)
+    patch_features = torch.randn(1, 32, 16, 24)
+    plain = saved_bytes(compressor, compressor, patch_features)
     checkpoint_activations(compressor)
-    checkpointed = saved_bytes(compressor, features=features)
+    checkpointed = saved_bytes(compressor, compressor, patch_features)
     block = 4 * 64 * 32 * 20  # float32 * hidden_size * frames * tokens per frame
     assert 3 * block <= checkpointed < 6 * block
     assert plain > 5 * checkpointed
@@ -128,9 +128,9 @@ def test_a_frozen_tower_keeps_nothing(checkpointing):
         checkpoint_activations(model)
         model.enable_input_require_grads()
     encode_frames, frames = model.model.encode_frames, random_videos(1, 8)[0]
-    assert saved_bytes(model, encode_frames, frames=frames) == 0
+    assert saved_bytes(model, encode_frames, frames) == 0
     assert not encode_frames(frames).last_hidden_state.requires_grad
     assert encode_frames(frames.clone().requires_grad_()).last_hidden_state.requires_grad
     model.model.vision_tower.requires_grad_(True)
     tower = 4 * 8 * 16 * 24  # float32 * frames * patches * width: the input of every layer
-    assert saved_bytes(model, encode_frames, frames=frames) > tower
+    assert saved_bytes(model, encode_frames, frames) > tower

@@ -67,7 +67,7 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
     """A trainer with everything in place; skipped and cut samples go into `report`."""
     processor = AutoProcessor.from_pretrained(stage.model)
     model: Any = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
-    model.config.compressor_config.time_stretch = stage.length_scale
+    model.config.compressor_config.length_scale = stage.length_scale
     reader = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
     media = reader if stage.features is None else VisionFeatures(stage.features, reader.settings(model))
     dataset = open_dataset(stage.data, stage.streaming)

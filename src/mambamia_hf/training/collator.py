@@ -226,7 +226,7 @@ class ConversationCollator:
         if encoded["input_ids"][: len(beginning)] != beginning:
             tokens = [(token, 0) for token in beginning] + tokens
         lengths = [
-            processor.num_frame_tokens if kind == "image" else processor.num_video_tokens(len(tensor))
+            processor.tokens_per_frame if kind == "image" else processor.num_video_tokens(len(tensor))
             for kind, tensor in media
         ]
         num_placeholders = sum(token in self._placeholders for token, _ in tokens)
