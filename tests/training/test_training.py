@@ -95,7 +95,7 @@ def test_the_recipe(training_folder, tmp_path):
     for stage in STAGES:
         shutil.copy(training_folder / "data.json", data / f"{stage}.json")
     command = ["bash", RECIPE, training_folder / "model", data, output]
-    command += arguments(max_steps=1, bf16=False, use_cpu=True, num_frames=3, dataloader_num_workers=0)
+    command += arguments(max_steps=2, bf16=False, use_cpu=True, num_frames=3, dataloader_num_workers=0)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(list(map(str, command)), check=True, env=environment)
     written = [(output / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES]

@@ -50,7 +50,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[StageArgume
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments[:1] = _yaml_arguments(Path(arguments[0]))
-    parser = HfArgumentParser((StageArguments, TrainingArguments))  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        (StageArguments, TrainingArguments),  # type: ignore[arg-type]  # its type of a class is that of an instance
+        prog="python -m mambamia_hf.training",
+        description="A first argument may be a YAML file of the arguments below; later arguments override it.",
+    )
     if not hasattr(TrainingArguments, "activation_checkpointing"):  # its name since Transformers 5.23
         parser.add_argument(
             "--activation_checkpointing",
@@ -89,7 +93,7 @@ def _check(stage: StageArguments, training: TrainingArguments) -> None:
             f"lora_rank={stage.lora_rank} and the language model does not learn in stage {stage.stage}; leave "
             f"lora_rank out or choose stage image or video."
         )
-    if stage.length_scale < 1:
+    if not stage.length_scale >= 1:
         raise ValueError(f"length_scale must be at least 1, not {stage.length_scale}; 1 leaves videos as they are.")
     if training.label_smoothing_factor:
         raise ValueError(

@@ -24,8 +24,8 @@ def checkpoint_to_resume(training: TrainingArguments, output: Path) -> str | Non
         The checkpoint's folder; None to start anew, also with `"true"` where nothing has been saved yet.
 
     Raises:
-        ValueError: if the output folder has checkpoints of an earlier run and nothing asks to go on from them, or if a
-            process would not find its part of the checkpoint.
+        ValueError: if the output folder has checkpoints of an earlier run and nothing asks to go on from them, or if
+            another number of processes has saved the checkpoint.
     """
     asked = training.resume_from_checkpoint
     found = [Path(folder) for folder in sort_checkpoints(str(output))]
@@ -43,13 +43,13 @@ def checkpoint_to_resume(training: TrainingArguments, output: Path) -> str | Non
             logger.warning("'%s' was not saved to its end and is left out.", found[-1])
         if not candidates:
             return None
-    missing = [(folder, _missing_files(folder, training.world_size)) for folder in candidates]
-    whole = next((folder for folder, names in missing if not names), None)
+    problems = {folder: _problem(folder, training.world_size) for folder in candidates}
+    whole = next((folder for folder, problem in problems.items() if problem is None), None)
     if whole is None:
-        folder, names = missing[0]
+        folder = candidates[0]
         raise ValueError(
-            f"Training cannot go on from '{folder}' with {training.world_size} processes: it has no whole "
-            f"{', '.join(names)}. Use as many processes as before, or start a new run with `--model {folder}`."
+            f"Training cannot go on from '{folder}' with {training.world_size} processes: {problems[folder]}. Use as "
+            f"many processes as before, or start a new run with `--model {folder}`."
         )
     return str(whole)
 
@@ -63,14 +63,18 @@ def _has_state(checkpoint: Path) -> bool:
     return True
 
 
-def _missing_files(checkpoint: Path, num_processes: int) -> list[str]:
-    """The files that an exact continuation needs and that are not there in full.
+def _problem(checkpoint: Path, num_processes: int) -> str | None:
+    """Why training cannot go on exactly from a checkpoint; None where it can.
 
-    Without its random state a process would go on with other numbers, which `Trainer` does not mind.
+    A process without its random state would go on with other numbers, which `Trainer` does not mind.
     """
-    states = [f"rng_state_{index}.pth" for index in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
-    missing = [name for name in states if not zipfile.is_zipfile(checkpoint / name)]
-    return missing if _has_state(checkpoint) else ["trainer_state.json", *missing]
+    if not _has_state(checkpoint):
+        return "it has no whole trainer_state.json"
+    expected = {f"rng_state_{index}.pth" for index in range(num_processes)} if num_processes > 1 else {"rng_state.pth"}
+    found = {file.name for file in checkpoint.glob("rng_state*.pth") if zipfile.is_zipfile(file)}
+    if found == expected:
+        return None
+    return f"it has the random states {', '.join(sorted(found)) or 'of none'}, not {', '.join(sorted(expected))}"
 
 
 __all__ = ["checkpoint_to_resume"]

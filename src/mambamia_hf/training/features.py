@@ -205,7 +205,11 @@ def precompute(options: FeatureArguments) -> FeatureFolder:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    (options,) = HfArgumentParser(FeatureArguments).parse_args_into_dataclasses(arguments)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        FeatureArguments,  # type: ignore[arg-type]  # its type of a class is that of an instance
+        prog="python -m mambamia_hf.training.features",
+    )
+    (options,) = parser.parse_args_into_dataclasses(arguments)
     with only_writer(Path(options.output)):
         folder = precompute(options)
     print(f"{len(folder.shards)} files have features in '{folder.folder}', {len(folder.skipped)} were skipped.")

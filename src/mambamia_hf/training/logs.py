@@ -14,9 +14,10 @@ if sys.platform != "win32":
 
 
 class MediaLogCallback(TrainerCallback):
-    """Adds `frames_per_second` and `peak_memory_gb` to what `Trainer` logs, and leaves empty steps out of the loss.
+    """Adds `frames_per_second` and `peak_memory_gb` to the logs of `Trainer`, and leaves empty steps out of the loss.
 
-    A step is empty when all of its samples were skipped: `Trainer` counts its loss of 0 in the mean.
+    A step is empty if all of its samples were skipped. Its loss is 0, which `Trainer` counts in the mean. An entry
+    about empty steps alone has no loss.
     """
 
     def on_train_begin(
@@ -28,7 +29,7 @@ class MediaLogCallback(TrainerCallback):
     def _restart(self, device: torch.device) -> None:
         self._zero = torch.zeros((), dtype=torch.long, device=device)
         self._frames = self._zero
-        self._learned = [self._zero]  # tokens per step; the last step is not over yet
+        self._learned = [self._zero]  # learned tokens of each step, the last of which is not over
         self._start = time.perf_counter()
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
@@ -60,9 +61,10 @@ class MediaLogCallback(TrainerCallback):
         num_steps, num_empty = len(learned), learned.count(0)
         for entry in (logs, state.log_history[-1]):
             entry.update(added)
-            loss = entry.pop("loss")
-            if num_empty < num_steps:
-                entry["loss"] = loss * num_steps / (num_steps - num_empty)
+            if num_empty == num_steps:
+                del entry["loss"]
+            else:
+                entry["loss"] *= num_steps / (num_steps - num_empty)
         self._restart(args.device)
 
     def on_train_end(
