@@ -161,6 +161,13 @@ def test_a_second_process_is_refused_until_the_first_ends(model, processor, medi
     assert len(VisionFeatures(tmp_path / "features", {}).shards) == 3
 
 
+def test_features_that_do_not_fit_into_float16(model, processor, media_folder, tmp_path, monkeypatch):
+    encode = features.encode
+    monkeypatch.setattr(features, "encode", lambda *args: encode(*args) * torch.tensor(1e5, dtype=torch.float16))
+    with pytest.raises(ValueError, match="features of '.*' do not fit into float16"):
+        write(model, processor, media_folder, tmp_path, RECORDS)
+
+
 def test_workers_make_the_same_features(written, model, processor, media_folder, tmp_path):
     (tmp_path / "again").mkdir()
     write(model, processor, media_folder, tmp_path / "again", RECORDS, num_workers=2)

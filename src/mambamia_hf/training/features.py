@@ -88,7 +88,13 @@ class FeatureFolder:
         return sum(tensor.nbytes for tensor in self._waiting.values())
 
     def add(self, path: str, features: torch.Tensor, size: int | None) -> None:
-        """Takes the features of a file of `size` bytes, for the next shard."""
+        """Takes the features of a file of `size` bytes, for the next shard.
+
+        Raises:
+            ValueError: if they are not finite.
+        """
+        if not features.isfinite().all():
+            raise ValueError(f"The features of '{path}' do not fit into float16; train on pixels with this tower.")
         self._waiting[path] = features.contiguous()
         self.sizes[path] = size
         self.skipped.pop(path, None)
@@ -159,16 +165,9 @@ def missing_files(folder: FeatureFolder, files: list[tuple[str, str]], reader: M
 
 
 def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Features `(..., num_patches, vision_size)` in float16 of pixels `(..., channels, height, width)`.
-
-    Raises:
-        ValueError: if they do not fit into float16.
-    """
+    """Features `(..., num_patches, vision_size)` in float16 of pixels `(..., channels, height, width)`."""
     features = model.base_model.encode_frames(pixels.reshape(-1, *pixels.shape[-3:])).last_hidden_state
-    features = features.reshape(*pixels.shape[:-3], *features.shape[1:]).to("cpu", torch.float16)
-    if not features.isfinite().all():
-        raise ValueError("Features of this vision tower do not fit into float16; train on pixels.")
-    return features
+    return features.reshape(*pixels.shape[:-3], *features.shape[1:]).to("cpu", torch.float16)
 
 
 @torch.inference_mode()
