@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # has no type hints
+from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..files import atomic_write

@@ -64,7 +64,7 @@ def open_dataset(data: Sequence[str | os.PathLike[str]], streaming: bool = False
     are_files = all(str(name).endswith((".json", ".jsonl")) for name in data)
     if are_files and not streaming:
         return load_records(data)
-    import datasets  # type: ignore[import-untyped]  # has no type hints
+    import datasets
 
     if are_files:
         dataset = datasets.load_dataset("json", data_files=[str(file) for file in data], split="train", streaming=True)
