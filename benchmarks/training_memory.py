@@ -2,9 +2,9 @@
 
     python benchmarks/training_memory.py
 
-Of a small compressor, the peak of a whole step (forward and backward); of the full-size one, the bytes that a forward
-pass keeps for the backward pass, counted tensor by tensor. Both grow in proportion to the frames, so a few give the
-slope, and the slope gives 128 frames.
+For a small compressor, the peak of a whole step (forward and backward) is measured. For the full-size one, the bytes
+that a forward pass keeps for the backward pass are counted, tensor by tensor. Both are proportional to the frames: a
+few frames give the slope, and the slope gives 128 frames.
 """
 
 import torch
@@ -26,9 +26,15 @@ SMALL = {
 FRAMES, FULL_SIZE_FRAMES, PLANNED_FRAMES = (16, 32, 48, 64), (1, 2), 128
 
 
-def kept_bytes(compressor: MambaMiaCompressor, features: Tensor) -> int:
+def checkpoint_activations(compressor: MambaMiaCompressor):
+    """By the name that the method has had since Transformers 5.23, or before."""
+    enable = getattr(compressor, "activation_checkpointing_enable", None) or compressor.gradient_checkpointing_enable
+    enable()
+
+
+def kept_bytes(compressor: MambaMiaCompressor, patch_features: Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, beside weights and input."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*compressor.parameters(), features)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*compressor.parameters(), patch_features)}
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -38,24 +44,24 @@ def kept_bytes(compressor: MambaMiaCompressor, features: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = compressor(features)
+        output = compressor(patch_features)
     total = sum(storage.nbytes() for storage in kept.values())
     del output
     return total
 
 
-def peak_bytes(compressor: MambaMiaCompressor, features: Tensor) -> int:
-    """Memory that a step needs at its peak, the gradients of the weights left out."""
+def peak_bytes(compressor: MambaMiaCompressor, patch_features: Tensor) -> int:
+    """Memory that a step needs at its peak beside weights and their gradients."""
 
     def step():
-        compressor(features).last_hidden_state.sum().backward()
+        compressor(patch_features).last_hidden_state.sum().backward()
 
     step()  # makes the gradients, which stay
     return extra_bytes(step)
 
 
 def slope(frames: tuple[int, ...], values: list[int]) -> float:
-    """Bytes a frame."""
+    """Bytes per frame."""
     return (values[-1] - values[0]) / (frames[-1] - frames[0])
 
 
@@ -65,7 +71,7 @@ def main():
     compressor = MambaMiaCompressor(MambaMiaCompressorConfig(**SMALL)).train()
     for checkpointing in (False, True):
         if checkpointing:
-            compressor.gradient_checkpointing_enable()
+            checkpoint_activations(compressor)
         peaks = [peak_bytes(compressor, torch.randn(1, count, 49, 128)) for count in FRAMES]
         name = "with activation checkpointing" if checkpointing else "without"
         series[name] = FRAMES, [peak / 1e6 for peak in peaks]
@@ -73,22 +79,24 @@ def main():
             {"compressor": "small", "checkpointing": checkpointing, "frames": count, "peak_mb": peak / 1e6}
             for count, peak in zip(FRAMES, peaks, strict=True)
         ]
-        rows.append({"compressor": "small", "checkpointing": checkpointing, "mb_a_frame": slope(FRAMES, peaks) / 1e6})
+        rows.append(
+            {"compressor": "small", "checkpointing": checkpointing, "mb_per_frame": slope(FRAMES, peaks) / 1e6}
+        )
     del compressor
 
     compressor = MambaMiaCompressor(MambaMiaCompressorConfig()).train()
     for checkpointing in (False, True):
         if checkpointing:
-            compressor.gradient_checkpointing_enable()
+            checkpoint_activations(compressor)
         kept = [kept_bytes(compressor, torch.randn(1, count, 576, 1152)) for count in FULL_SIZE_FRAMES]
-        a_frame = slope(FULL_SIZE_FRAMES, kept)
+        per_frame = slope(FULL_SIZE_FRAMES, kept)
         rows.append(
             {
                 "compressor": "full size",
                 "checkpointing": checkpointing,
-                "mb_a_frame": a_frame / 1e6,
+                "mb_per_frame": per_frame / 1e6,
                 "planned_frames": PLANNED_FRAMES,
-                "planned_gb": PLANNED_FRAMES * a_frame / 1e9,
+                "planned_gb": PLANNED_FRAMES * per_frame / 1e9,
             }
         )
     report("training_memory", rows)

@@ -31,7 +31,7 @@ from video_files import write_video
 
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor
 from mambamia_hf.tokenization_mambamia import SPECIAL_TOKENS
-from mambamia_hf.training_data import ConversationCollator
+from mambamia_hf.training import ConversationCollator
 
 
 VISION = {

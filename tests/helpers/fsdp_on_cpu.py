@@ -1,4 +1,4 @@
-"""Runs a script under accelerate's FSDP on CPUs: `accelerate launch fsdp_on_cpu.py script.py ...`.
+"""Runs a module under accelerate's FSDP on CPUs: `accelerate launch fsdp_on_cpu.py module ...`.
 
 FSDP2 runs on CPUs, but accelerate turns its plugin on for GPUs only. All that is done here is to turn it on.
 """
@@ -24,4 +24,4 @@ def _initialise_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 if __name__ == "__main__":
     AcceleratorState.__init__ = _initialise_with_fsdp
     sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

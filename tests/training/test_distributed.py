@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
+from conversations import arguments, record
 from tiny_model import tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 from video_files import write_video
 
+from mambamia_hf.training.__main__ import main
 
-EXAMPLES = Path(train.__file__).parent
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "train"
+HELPERS = Path(__file__).parents[1] / "helpers"
 STEPS = 4
+FSDP_ON_CPU = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this version of torch needs a GPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +41,17 @@ def folder(tmp_path_factory) -> Path:
     for number in range(3):
         write_video(folder / f"{number}.mp4", num_frames=10 + 20 * number)
     (folder / "broken.mp4").write_bytes(b"no video at all")
-    videos = [
-        {"id": f"video{n}", "video": f"{n}.mp4", "conversations": turns("<video>\nWhat?", "A " + "b" * 3 * n)}
-        for n in range(3)
-    ]
-    texts = [{"id": f"text{n}", "conversations": turns("Hello " * n, "Hi" * n)} for n in range(1, 4)]
-    broken = {"id": "broken", "video": "broken.mp4", "conversations": turns("<video>\nWhat?", "Nothing.")}
+    videos = [record(f"video{n}", "<video>\nWhat?", "A " + "b" * 3 * n, video=f"{n}.mp4") for n in range(3)]
+    texts = [record(f"text{n}", "Hello " * n, "Hi" * n) for n in range(1, 4)]
     # A process has 2 of every 4. In the first step one has videos and the other text; in the second one has nothing.
-    also_broken = broken | {"conversations": turns("<video>\nWho?", "Nobody.")}
+    broken = record("broken", "<video>\nWhat?", "Nothing.", video="broken.mp4")
+    also_broken = record("broken", "<video>\nWho?", "Nobody.", video="broken.mp4")
     records = [videos[0], videos[2], texts[0], texts[2], broken, also_broken, videos[1], texts[1]]
     (folder / "data.json").write_text(json.dumps(2 * records))
     return folder
 
 
-def turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def arguments(folder: Path, output: Path, batch_size: int) -> list[str]:
+def command_line(folder: Path, output: Path, batch_size: int) -> list[str]:
     settings = {
         "stage": "video",
         "model": folder / "model",
@@ -65,12 +64,12 @@ def arguments(folder: Path, output: Path, batch_size: int) -> list[str]:
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_steps": 2,
-        "gradient_checkpointing": True,
+        "activation_checkpointing": True,
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return arguments(**settings)
 
 
 def losses(output: Path) -> list[float]:
@@ -81,7 +80,7 @@ def losses(output: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(folder) -> Path:
     """What one process trains with the same global batch."""
-    train.main(arguments(folder, folder / "alone", batch_size=4))
+    main(command_line(folder, folder / "alone", batch_size=4))
     return folder / "alone"
 
 
@@ -91,16 +90,18 @@ def train_with_two_processes(config: str, arguments: list[str]) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    command += ["--config_file", EXAMPLES / "configs" / f"{config}.yaml"]
-    command += [Path(__file__).parent / "helpers" / "fsdp_on_cpu.py", EXAMPLES / "train.py", *arguments]
+    command += ["--config_file", CONFIGS / f"{config}.yaml"]
+    command += [HELPERS / "fsdp_on_cpu.py"] if config == "fsdp2" else ["-m"]
+    command += ["mambamia_hf.training", *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-8000:]
     return result.stdout
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", pytest.param("fsdp2", marks=FSDP_ON_CPU)])
 def test_two_processes_train_as_one(folder, alone, config, tmp_path):
-    printed = train_with_two_processes(config, arguments(folder, tmp_path, batch_size=2))
+    printed = train_with_two_processes(config, command_line(folder, tmp_path, batch_size=2))
     assert len(losses(alone)) == STEPS
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
     assert len(set(losses(alone))) == STEPS
@@ -117,6 +118,6 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     assert torch.isfinite(loaded(torch.tensor([[5, 7, 11]])).logits).all()
 
     # Two go on from what two have saved on the way.
-    again = arguments(folder, tmp_path / "again", batch_size=2)
+    again = command_line(folder, tmp_path / "again", batch_size=2)
     train_with_two_processes(config, [*again, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path), abs=1e-4)

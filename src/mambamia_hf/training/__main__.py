@@ -1,0 +1,89 @@
+"""Trains a model on conversations about images and videos, in one of three stages, with the stock `Trainer`.
+
+    python -m mambamia_hf.training --stage align --model MODEL --data train.json --output_dir OUTPUT
+    python -m mambamia_hf.training examples/train/align.yaml --model MODEL --data train.json --output_dir OUTPUT
+    accelerate launch --config_file examples/train/fsdp2.yaml -m mambamia_hf.training examples/train/align.yaml ...
+
+A YAML file holds the same arguments, those of `StageArguments` and of `TrainingArguments`; command-line arguments
+override it. `docs/training.md` says more.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+
+from .arguments import StageArguments, parse_arguments
+from .checkpoints import checkpoint_to_resume
+from .collator import ConversationCollator, reported_samples
+from .logs import MediaLogCallback
+from .media import MediaReader, VisionFeatures
+from .records import open_dataset
+from .stages import prepare_model
+
+
+def main(arguments: Sequence[str] | None = None) -> Trainer:
+    """Trains, saves the model, and says how many samples were skipped or cut.
+
+    Args:
+        arguments: the command line without the program's name, by default that of this process.
+
+    Returns:
+        The trainer, after training.
+    """
+    stage, training = parse_arguments(arguments)
+    set_seed(training.seed)
+    output = Path(str(training.output_dir))
+    checkpoint = checkpoint_to_resume(training, output)
+    output.mkdir(parents=True, exist_ok=True)
+    with training.main_process_first(local=False):
+        if checkpoint is None and training.process_index == 0:
+            for earlier in output.glob("samples_*.jsonl"):
+                earlier.unlink()
+    trainer = build_trainer(stage, training, report=output / f"samples_{training.process_index}.jsonl")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"Out of memory with per_device_train_batch_size={training.per_device_train_batch_size} and "
+            f"num_frames={stage.num_frames}: lower them, raise gradient_accumulation_steps, turn on "
+            f"activation_checkpointing and bf16, precompute features, or shard with FSDP2; see docs/training.md."
+        ) from error
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        samples = reported_samples(output)
+        print(
+            f"{len(samples['skipped'])} samples were skipped and {len(samples['cut'])} were cut to max_length; "
+            f"{output}/samples_*.jsonl say which and why."
+        )
+    return trainer
+
+
+def build_trainer(stage: StageArguments, training: TrainingArguments, report: Path) -> Trainer:
+    """A trainer with everything in place; skipped and cut samples go into `report`."""
+    processor = AutoProcessor.from_pretrained(stage.model)
+    model: Any = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
+    model.config.compressor_config.length_scale = stage.length_scale
+    reader = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
+    media = reader if stage.features is None else VisionFeatures(stage.features, reader.settings(model))
+    dataset = open_dataset(stage.data, stage.streaming)
+    collator = ConversationCollator(processor, media, stage.max_length, report, stage.length_scale)
+    if isinstance(dataset, list):
+        collator.require_features(dataset)  # now rather than after hours
+    trainer = Trainer(
+        model=prepare_model(model, stage.stage, stage.lora_rank),
+        args=training,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    trainer.callback_handler.callbacks.insert(0, MediaLogCallback())  # before those that write the logs somewhere
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

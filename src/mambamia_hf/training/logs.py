@@ -1,0 +1,87 @@
+"""What a run logs beside the loss: frames per second and memory, over all processes."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+if sys.platform != "win32":
+    import resource
+
+
+class MediaLogCallback(TrainerCallback):
+    """Adds `frames_per_second` and `peak_memory_gb` to the logs of `Trainer`, and leaves empty steps out of the loss.
+
+    A step is empty if all of its samples were skipped. Its loss is 0, which `Trainer` counts in the mean. An entry
+    about empty steps alone has no loss.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hook = kwargs["model"].register_forward_pre_hook(self._count, with_kwargs=True)
+        self._restart(args.device)
+
+    def _restart(self, device: torch.device) -> None:
+        self._zero = torch.zeros((), dtype=torch.long, device=device)
+        self._frames = self._zero
+        self._learned = [self._zero]  # learned tokens of each step, the last of which is not over
+        self._start = time.perf_counter()
+
+    def _count(self, model: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
+        if model.training:
+            images = batch.get("pixel_values", batch.get("patch_features", ()))
+            frames = batch["frame_mask"].sum() if "frame_mask" in batch else 0
+            self._frames = self._frames + len(images) + frames
+            self._learned[-1] = self._learned[-1] + (batch["labels"] != -100).sum()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._learned.append(self._zero)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        seconds = time.perf_counter() - self._start
+        counts = torch.stack([self._frames, *self._learned[:-1]])
+        memory = peak_memory(args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
+        frames, *learned = counts.tolist()
+        added = {"frames_per_second": frames / seconds}
+        if memory:
+            added["peak_memory_gb"] = memory.item() / 1e9
+        num_steps, num_empty = len(learned), learned.count(0)
+        for entry in (logs, state.log_history[-1]):
+            entry.update(added)
+            if num_empty == num_steps:
+                del entry["loss"]
+            else:
+                entry["loss"] *= num_steps / (num_steps - num_empty)
+        self._restart(args.device)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hook.remove()
+
+
+def peak_memory(device: torch.device) -> Tensor:
+    """Peak memory of this process in bytes: of the GPU where it trains on one, else of the CPU; 0 where unknown."""
+    peak = 0
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif sys.platform != "win32":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.tensor(peak, device=device)
+
+
+__all__ = ["MediaLogCallback", "peak_memory"]

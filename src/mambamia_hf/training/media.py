@@ -1,0 +1,174 @@
+"""The images and videos of records: decoded to pixels, or as vision features that were computed before."""
+
+import copy
+import functools
+import hashlib
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers.image_utils import load_image
+
+from ..modeling_mambamia import MambaMiaForConditionalGeneration
+from ..processing_mambamia import MambaMiaProcessor
+from .records import media_path
+
+
+# When this many records or files are all unusable from the start, the settings are wrong rather than the media.
+FIRST_TRIES = 20
+
+# The settings of a processor that decide how a file becomes pixels.
+_PIXEL_SETTINGS = (
+    "do_sample_frames num_frames fps do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale "
+    "rescale_factor do_normalize image_mean image_std"
+).split()
+
+
+class MediaReader:
+    """Reads images and videos as pixels, as the processor does.
+
+    Args:
+        processor: that of the model.
+        media_folder: the folder that relative paths start from.
+        num_frames: the largest number of frames per video; by default that of the video processor.
+        fps: the largest number of frames per second; by default that of the video processor.
+    """
+
+    def __init__(
+        self,
+        processor: MambaMiaProcessor,
+        media_folder: str | os.PathLike[str] | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+    ):
+        self.image_processor = processor.image_processor
+        self.video_processor = copy.copy(processor.video_processor)
+        if num_frames is not None:
+            self.video_processor.num_frames = num_frames
+        if fps is not None:
+            self.video_processor.fps = fps
+        self.media_folder = media_folder
+
+    def locate(self, path: str) -> str:
+        """The path of a file from here, given as a record has it; addresses stay as they are."""
+        is_address = path.startswith(("http://", "https://"))
+        return path if is_address or self.media_folder is None else os.path.join(self.media_folder, path)
+
+    def read(self, kind: str, source: Any) -> Tensor:
+        """Reads one image or video.
+
+        Args:
+            kind: `"image"` or `"video"`.
+            source: a path, an address, bytes, a dictionary with `path` and `bytes` as `datasets` has, or what else the
+                processors take.
+
+        Returns:
+            `(channels, height, width)` of an image, `(num_frames, channels, height, width)` of a video.
+        """
+        content = self._content(source)
+        if kind == "image":
+            image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+            return self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0]
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(content, bytes):
+                file = Path(folder, "video")
+                file.write_bytes(content)
+                content = str(file)
+            return self.video_processor(content, return_tensors="pt")["pixel_values_videos"][0]
+
+    def _content(self, source: Any) -> Any:
+        """The bytes of a source, or where they are, or else the source itself: an image or frames."""
+        if isinstance(source, dict) and source.get("bytes") is not None:
+            return source["bytes"]
+        path = media_path(source)
+        return source if path is None else self.locate(path)
+
+    def settings(self, model: MambaMiaForConditionalGeneration) -> dict[str, Any]:
+        """What the vision features of a file depend on beside the file; they may replace pixels where it is equal.
+
+        Args:
+            model: the model whose vision tower makes the features.
+
+        Returns:
+            Settings by name, as JSON would give them back.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
+            digest.update(name.encode())  # in bfloat16, so that the type it was loaded in does not matter
+            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        settings = {
+            "vision_tower": f"{model.model.vision_tower.config.model_type} {digest.hexdigest()[:16]}",
+            "vision_feature_layer": model.config.vision_layer(model.config.vision_feature_layer),
+        }
+        for kind, processor in (("image", self.image_processor), ("video", self.video_processor)):
+            given = processor.to_dict()
+            settings |= {f"{kind} {name}": given.get(name) for name in _PIXEL_SETTINGS}
+        return json.loads(json.dumps(settings))
+
+
+@functools.cache
+def _open_shard(path: Path) -> Any:
+    """An open shard, one per process: reading its list of tensors is what takes time."""
+    return safe_open(path, framework="pt")
+
+
+class VisionFeatures:
+    """Reads vision features that `python -m mambamia_hf.training.features` wrote, mapped into memory.
+
+    Args:
+        folder: the folder with the shards and `index.json`.
+        settings: what the features must have been made with, see [`MediaReader.settings`].
+
+    Raises:
+        ValueError: if the folder has no index, or the features were made with other settings.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]):
+        self.folder = Path(folder)
+        file = self.folder / "index.json"
+        if not file.is_file():
+            raise ValueError(
+                f"There are no features in '{folder}': it has no index.json; precompute them first, with `python -m "
+                f"mambamia_hf.training.features`."
+            )
+        index = json.loads(file.read_text(encoding="utf-8"))
+        for name in settings:
+            if settings[name] != index["settings"].get(name):
+                raise ValueError(
+                    f"The features in '{folder}' were made with {name} {index['settings'].get(name)!r} and it is "
+                    f"{settings[name]!r} now; precompute them again, or use the settings that they were made with."
+                )
+        self.shards: dict[str, str] = index["shards"]
+        self.skipped: dict[str, str] = index["skipped"]
+        self.sizes: dict[str, int | None] = index["sizes"]
+
+    def __contains__(self, source: Any) -> bool:
+        return media_path(source) in self.shards or media_path(source) in self.skipped
+
+    def read(self, kind: str, source: Any) -> Tensor:
+        """Reads the features of one image or video.
+
+        Args:
+            kind: `"image"` or `"video"`.
+            source: a path or address, or a dictionary with `path`, as the record has it.
+
+        Returns:
+            `(num_patches, vision_size)` of an image, `(num_frames, num_patches, vision_size)` of a video, in float16.
+
+        Raises:
+            ValueError: if the file could not be decoded when the features were made.
+        """
+        path = str(media_path(source))
+        if path in self.skipped:
+            raise ValueError(self.skipped[path])
+        return _open_shard(self.folder / self.shards[path]).get_tensor(path)
+
+
+__all__ = ["FIRST_TRIES", "MediaReader", "VisionFeatures"]

@@ -1,0 +1,57 @@
+"""Images and videos of records as pixels, from every kind of source."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from video_files import draw_number, read_numbers
+
+from mambamia_hf.training import MediaReader
+
+
+@pytest.fixture
+def reader(processor, media_folder) -> MediaReader:
+    return MediaReader(processor, media_folder)
+
+
+@pytest.mark.parametrize("how", ["bytes", "dict of bytes", "dict of a path"])
+def test_sources_of_videos(reader, media_folder, how):
+    source = {
+        "bytes": (media_folder / "a.mp4").read_bytes(),
+        "dict of bytes": {"bytes": (media_folder / "a.mp4").read_bytes(), "path": "a.mp4"},
+        "dict of a path": {"bytes": None, "path": "a.mp4"},
+    }[how]
+    assert torch.equal(reader.read("video", source), reader.read("video", "a.mp4"))
+
+
+def test_a_video_of_frames(reader):
+    video = reader.read("video", np.stack([draw_number(number) for number in range(3)]))
+    assert read_numbers(video * 127.5 + 127.5) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["bytes", "dict of bytes", "PIL"])
+def test_sources_of_images(reader, media_folder, how):
+    content = (media_folder / "a.png").read_bytes()
+    source = {"bytes": content, "dict of bytes": {"bytes": content}, "PIL": Image.open(io.BytesIO(content))}[how]
+    assert torch.equal(reader.read("image", source), reader.read("image", "a.png"))
+
+
+def test_pixels_are_those_of_the_processor(reader, processor, media_folder):
+    expected = processor.video_processor(str(media_folder / "a.mp4"), return_tensors="pt")["pixel_values_videos"]
+    assert torch.equal(reader.read("video", "a.mp4"), expected[0])
+    expected = processor.image_processor(Image.open(media_folder / "a.png"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(reader.read("image", "a.png"), expected[0])
+
+
+def test_frames_at_most(processor, media_folder):
+    few = MediaReader(processor, media_folder, num_frames=6)
+    assert len(few.read("video", "a.mp4")) == 6 and len(few.read("video", "b.mp4")) == 4
+    assert len(MediaReader(processor, media_folder, fps=5).read("video", "a.mp4")) == 20
+    assert processor.video_processor.num_frames == 384 and processor.video_processor.fps == 2
+
+
+def test_addresses_are_not_relative_to_the_folder(reader, media_folder):
+    assert reader.locate("https://host/a.mp4") == "https://host/a.mp4"
+    assert reader.locate("a.mp4") == str(media_folder / "a.mp4")

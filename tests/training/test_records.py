@@ -1,0 +1,111 @@
+"""Records from files and datasets, and what is no conversation."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from conversations import BROKEN, IMAGE, MIXED, TEXT, VIDEO, record
+
+from mambamia_hf.training import load_records, open_dataset, parse_record
+
+
+class TestRecords:
+    def test_chat_of_a_record(self):
+        messages, media = parse_record(MIXED)
+        assert messages == [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "Is"},
+                    {"type": "image"},
+                    {"type": "text", "text": "in"},
+                    {"type": "video"},
+                    {"type": "text", "text": "or in"},
+                    {"type": "video"},
+                    {"type": "text", "text": "?"},
+                ],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "In neither."}]},
+        ]
+        assert media == [("image", "a.png"), ("video", "a.mp4"), ("video", "b.mp4")]
+
+    def test_image_placeholder_of_a_video(self):
+        messages, media = parse_record(record("7", "<image>\nWhat?", "This.", video="a.mp4"))
+        assert messages[0]["content"][0] == {"type": "video"} and media == [("video", "a.mp4")]
+
+    def test_roles(self):
+        conversation = [{"from": "system", "value": "Be brief."}, *record("7", "Hello.", "Hi.")["conversations"]]
+        assert [message["role"] for message in parse_record({"conversations": conversation})[0]] == [
+            "system",
+            "user",
+            "assistant",
+        ]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"id": "7"}, "Sample '7' has no `conversations` but 'id'"),
+            (record("7", "<video>What?", "This."), "1 placeholders <video> in its text and 0 of `video`"),
+            (record("7", "What?", "This.", video="a.mp4"), "0 placeholders <video> in its text and 1 of `video`"),
+            (record("7", "<image>What?", "This.", image=["a", "b"]), "1 placeholders <image> in its text and 2"),
+            (record("7", "What?", "This.", "And?"), "ends with a turn of the user"),
+            ({"id": "7", "conversations": [{"from": "bot", "value": "Hi."}]}, "'bot'.*is one of system, human"),
+            ({"id": "7", "conversations": [{"from": "gpt", "value": None}]}, "None.*`value` a text"),
+            ({"id": "7", "conversations": ["Hi."]}, "the turn 'Hi.'"),
+        ],
+    )
+    def test_no_conversation(self, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            parse_record(wrong)
+
+    def test_json_and_jsonl(self, tmp_path):
+        (tmp_path / "a.json").write_text(json.dumps([VIDEO, IMAGE], indent=1))
+        odd = record("odd", "A line\u2028separator", "Yes.")
+        lines = [json.dumps(one, ensure_ascii=False) for one in (TEXT, odd)]
+        (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+        assert load_records([tmp_path / "a.json", tmp_path / "b.jsonl"]) == [VIDEO, IMAGE, TEXT, odd]
+        assert open_dataset([str(tmp_path / "a.json")]) == [VIDEO, IMAGE]
+
+    @pytest.mark.parametrize("content", ['{"id": 1}\n{"id": 2}', '{"id": 1}', "[1, 2]"])
+    def test_other_files(self, tmp_path, content):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(ValueError, match=r"a\.json (is not JSON|holds no list of records)"):
+            load_records([tmp_path / "a.json"])
+
+
+class TestDatasets:
+    def test_stream_of_files(self, collator, tmp_path):
+        lines = [json.dumps(one) for one in (VIDEO, BROKEN, TEXT, IMAGE)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        stream = open_dataset([tmp_path / "a.jsonl"], streaming=True)
+        assert isinstance(stream, datasets.IterableDataset)
+        batch = collator(list(stream.take(4)))
+        expected = collator([VIDEO, TEXT, IMAGE])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_undecodable_files_within_a_dataset(self, collator, media_folder, tmp_path, streaming, caplog):
+        image, video = (media_folder / "a.png").read_bytes(), (media_folder / "a.mp4").read_bytes()
+        features = datasets.Features(
+            id=datasets.Value("string"),
+            image=[datasets.Image()],
+            video=datasets.Video(),
+            conversations=[{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+        )
+        rows = [
+            record("image", "<image>\nWhat is shown?", "Another number.", image=[{"bytes": image}], video=None),
+            record("broken", "<image>?", "No.", image=[{"bytes": b"no image"}], video=None),
+            record("video", "<video>\nWhat is shown?", "A number.", image=None, video={"bytes": video}),
+            record("broken video", "<video>?", "No.", image=None, video={"bytes": b"no video"}),
+        ]
+        (tmp_path / "data").mkdir()
+        datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "data" / "train.parquet")
+        batch = collator(list(open_dataset([tmp_path / "data"], streaming).take(4)))
+        expected = collator([IMAGE, VIDEO])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert "'broken' was skipped" in caplog.text and "'broken video' was skipped" in caplog.text
+
+    def test_several_datasets(self):
+        with pytest.raises(ValueError, match="The data are a, b; give"):
+            open_dataset(["a", "b"])
