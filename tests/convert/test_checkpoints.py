@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
 
 from mambamia_hf import MambaMiaCompressor, MambaMiaConfig, MambaMiaForConditionalGeneration
-from mambamia_hf.convert_original_checkpoint import (
+from mambamia_hf.convert import (
     compressor_from_original,
     compressor_to_original,
     convert_from_original,
     convert_to_original,
-    main,
 )
+from mambamia_hf.convert.command import main
 
 
 SIZES = {"head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 256}
@@ -560,7 +560,7 @@ def test_well_known_towers_need_no_config_file(tmp_path, name, patch_embedding, 
 GROWTH = """
 import re, sys
 from pathlib import Path
-from mambamia_hf.convert_original_checkpoint import convert_from_original
+from mambamia_hf.convert import convert_from_original
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 small, *large = sys.argv[1:]
 convert_from_original(small, small + "-converted")
@@ -584,7 +584,7 @@ def test_memory_is_that_of_a_shard(tmp_path):
 
 def test_command_line(tmp_path):
     src = Original().write(tmp_path / "src")
-    command = [sys.executable, "-m", "mambamia_hf.convert_original_checkpoint", src, tmp_path / "dst"]
+    command = [sys.executable, "-m", "mambamia_hf.convert", src, tmp_path / "dst"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert process.stdout == f"Wrote {tmp_path / 'dst'}.\n"
