@@ -20,10 +20,12 @@ from .configurations import (
     TOWER_FOLDER,
     Settings,
     absent_projections,
+    check_layer_counts,
     check_settings_are_original,
     config_from_original,
     config_to_original,
     identity_projections,
+    parts,
     untold_sizes,
 )
 from .names import (
@@ -34,8 +36,8 @@ from .names import (
     ignoring,
     is_buffer,
     is_empty_embedding,
-    listing,
     is_lone_compressor,
+    listing,
     matching,
     original_name,
     projector_prefix,
@@ -105,17 +107,19 @@ def convert_to_original(src: str | Path, dst: str | Path, max_shard_size: int = 
             place for. Nothing is written then.
     """
     folder = _checkpoint_folder(src)
-    model_type = read_json(folder / "config.json").get("model_type")
+    settings = read_json(folder / "config.json")
+    model_type = settings.get("model_type")
     if model_type != MambaMiaConfig.model_type:
         raise ValueError(
             f"{src} is a checkpoint of model type {model_type!r}; only {MambaMiaConfig.model_type!r} can be reversed."
         )
+    weights = read_weights(folder)
+    check_layer_counts(settings, len(weights))
     with explained(f"The configuration of {src} cannot be used"):
         config = MambaMiaConfig.from_pretrained(folder)
-    check_settings_are_original(config.compressor_config)
-    weights = read_weights(folder)
+    check_settings_are_original(parts(config)[1])
     check_types({name: tensor.dtype for name, tensor in weights.items()})
-    expected = _shapes(_meta_model(config, len(weights)).state_dict())
+    expected = _shapes(_meta_model(config).state_dict())
     check_tensors(str(src), _shapes(weights), expected, _optional(config))
     original_config = config_to_original(config)
     kept = _without_identities(weights, config)
@@ -124,7 +128,7 @@ def convert_to_original(src: str | Path, dst: str | Path, max_shard_size: int = 
     with atomic_folder(dst) as written:
         write_weights({original_name(name): tensor for name, tensor in kept.items()}, written, max_shard_size)
         if original_config["mm_vision_tower"] == TOWER_FOLDER:
-            config.vision_config.save_pretrained(written / TOWER_FOLDER)
+            parts(config)[0].save_pretrained(written / TOWER_FOLDER)
         (written / "config.json").write_text(json.dumps(original_config, indent=2, sort_keys=True) + "\n")
         _copy_generation_config(folder, written)
         if tokenizer is not None:
@@ -145,7 +149,7 @@ def _convert_model(
     if tokenizer is not None:
         add_placeholders(tokenizer, config)
 
-    model = _meta_model(config, len(weights))
+    model = _meta_model(config)
     ours = {original_name(name, projector, tower): name for name in model.state_dict()}
     expected = {name: tuple(model.state_dict()[new].shape) for name, new in ours.items()}
     kept = {name: tensor for name, tensor in weights.items() if not _is_computed(name, tensor.shape)}
@@ -164,7 +168,7 @@ def _convert_model(
         write_weights(renamed, written, max_shard_size)
         config.architectures = [type(model).__name__]
         config.save_pretrained(written)
-        custom_object_save(model, written, config=config)
+        custom_object_save(model, written, config=config)  # type: ignore[arg-type]  # annotated as a dict
         if not _copy_generation_config(folder, written):
             model.generation_config.save_pretrained(written)
         if tokenizer is not None:
@@ -208,15 +212,8 @@ def _optional(config: MambaMiaConfig) -> list[str]:
     return ["lm_head.weight"] if config.tie_word_embeddings else []
 
 
-def _meta_model(config: MambaMiaConfig, num_tensors: int) -> MambaMiaForConditionalGeneration:
+def _meta_model(config: MambaMiaConfig) -> MambaMiaForConditionalGeneration:
     """The model without memory for its weights, for their names and shapes."""
-    for part in (config.vision_config, config.text_config):
-        num_layers = getattr(part, "num_hidden_layers", 0)
-        if num_layers > num_tensors:  # no model of a billion layers is built to find out that they are missing
-            raise ValueError(
-                f"The configuration asks for a {part.model_type} of num_hidden_layers={num_layers}, and the "
-                f"checkpoint has only {num_tensors} tensors."
-            )
     with explained("The configuration describes no model that can be built"), torch.device("meta"):
         return MambaMiaForConditionalGeneration(config)
 
@@ -225,16 +222,16 @@ def _identities(config: MambaMiaConfig, weights: Mapping[str, StoredTensor], pro
     """The compressor's outer projections where the checkpoint leaves them out, under their original names."""
     names = [name.removeprefix(projector) for name in weights if name.startswith(projector)]
     dtype = read_tensors({"": weights[f"{projector}model.layers.0.mixer.out_proj.weight"]})[""].dtype
-    absent = absent_projections(config.compressor_config, names, dtype)
+    absent = absent_projections(parts(config)[1], names, dtype)
     return {projector + name: tensor for name, tensor in absent.items()}
 
 
 def _without_identities(weights: dict[str, StoredTensor], config: MambaMiaConfig) -> dict[str, StoredTensor]:
     """Our tensors without outer projections that change nothing, which the released code does without."""
     prefix = "model.compressor."
-    absent = absent_projections(config.compressor_config, (), torch.float32)
+    absent = absent_projections(parts(config)[1], (), torch.float32)
     stored = read_tensors({name: weights[prefix + name] for name in absent})
-    redundant = identity_projections(config.compressor_config, stored)
+    redundant = identity_projections(parts(config)[1], stored)
     return {name: tensor for name, tensor in weights.items() if name.removeprefix(prefix) not in redundant}
 
 
@@ -254,7 +251,7 @@ def _check_buffers(buffers: Mapping[str, StoredTensor], config: MambaMiaConfig) 
 
 
 def _rotary_frequencies(config: MambaMiaConfig, length: int) -> Tensor:
-    theta = (config.text_config.rope_parameters or {}).get("rope_theta", math.nan)
+    theta = (parts(config)[2].rope_parameters or {}).get("rope_theta", math.nan)
     return theta ** -(torch.arange(length) / length)
 
 

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
 from .names import Shape, numbered
-from .weights import explained
+from .weights import explained, read_json
 
 
 Settings = dict[str, Any]
@@ -75,6 +75,8 @@ _SIZES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
     "max_position_embeddings mm_hidden_size"
 ).split()
+_LAYER_COUNTS = ("num_hidden_layers", "num_temporal_layers", "num_layers", "n_layers", "n_layer")
+_DTYPES = ["float32", "float16", "bfloat16", "float64"]
 _POSITIVE = ("rms_norm_eps", "rope_theta")
 # What stands for a frame: its tokens, or its tokens and a learned vector.
 _MERGE_TYPES = ("flat", "flat_video_frame_with_end_token")
@@ -186,11 +188,37 @@ def check_settings_are_original(config: MambaMiaCompressorConfig) -> None:
 
 def untold_sizes(source: Settings) -> dict[str, int]:
     """The sizes of the compressor that the original config tells, where the reverse wrote it."""
-    told = source.get("mm_projector_config") or {}
-    sizes = {name: told[name] for name in _UNTOLD_SIZES if name in told} if isinstance(told, dict) else told
-    if not isinstance(sizes, dict) or not all(_is_size(size) for size in sizes.values()):
+    told = source.get("mm_projector_config")
+    if told is None:
+        return {}
+    if not isinstance(told, dict) or not all(_is_size(told[name]) for name in _UNTOLD_SIZES if name in told):
         raise ValueError(f"mm_projector_config={told!r} has to hold sizes, whole numbers of at least 1.")
-    return sizes
+    return {name: told[name] for name in _UNTOLD_SIZES if name in told}
+
+
+def parts(config: MambaMiaConfig) -> tuple[PreTrainedConfig, MambaMiaCompressorConfig, PreTrainedConfig]:
+    """The configurations of vision tower, compressor and language model, which may be dicts before construction."""
+    vision, compressor, text = config.vision_config, config.compressor_config, config.text_config
+    assert isinstance(vision, PreTrainedConfig) and isinstance(text, PreTrainedConfig)
+    assert isinstance(compressor, MambaMiaCompressorConfig)
+    return vision, compressor, text
+
+
+def check_layer_counts(config: Settings, num_tensors: int) -> None:
+    """Refuses a configuration of more layers than the checkpoint has tensors, before anything counts to that number.
+
+    Args:
+        config: content of a config.json, with configurations within it.
+        num_tensors: tensors of the checkpoint.
+
+    Raises:
+        ValueError: if there are fewer tensors than layers.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_layer_counts(value, num_tensors)
+        elif name in _LAYER_COUNTS and isinstance(value, int | float) and value > num_tensors:
+            raise ValueError(f"A configuration has {name}={value}, and the checkpoint has only {num_tensors} tensors.")
 
 
 def config_from_original(
@@ -208,9 +236,10 @@ def config_from_original(
     Raises:
         ValueError: if an entry is missing, absurd, contradicts the tensors or asks for something MambaMia does not do.
     """
+    check_layer_counts(source, len(shapes))
     _check_entries(src / "config.json", source)
     _check_preprocessing(source)
-    vision_config = _vision_config(src, source["mm_vision_tower"])
+    vision_config = _vision_config(src, source["mm_vision_tower"], len(shapes))
     if vision_config.model_type.startswith("siglip"):
         vision_config.vision_use_head = any(name.startswith(f"{tower}head.") for name in shapes)
     compressor = {name.removeprefix(projector): shape for name, shape in shapes.items() if name.startswith(projector)}
@@ -246,7 +275,7 @@ def config_to_original(config: MambaMiaConfig) -> Settings:
     Raises:
         ValueError: if features are taken from where the original code takes none.
     """
-    text_config = config.text_config
+    vision_config, compressor, text_config = parts(config)
     own = own_settings(text_config)
     original = {name: value for name, value in text_config.to_dict().items() if name in own}
     rope = dict(original.pop("rope_parameters", None) or {})
@@ -265,8 +294,8 @@ def config_to_original(config: MambaMiaConfig) -> Settings:
         "mm_vision_select_feature": "patch",
         "mm_patch_merge_type": _MERGE_TYPES[config.end_of_frame],
         "mm_projector_type": "mambamia",
-        "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_projector_config": {name: getattr(config.compressor_config, name) for name in _UNTOLD_SIZES},
+        "mm_hidden_size": vision_config.hidden_size,
+        "mm_projector_config": {name: getattr(compressor, name) for name in _UNTOLD_SIZES},
         "image_aspect_ratio": "square",
         "image_token_id": config.image_token_id,
         "video_token_id": config.video_token_id,
@@ -325,6 +354,11 @@ def _check_entries(file: Path, source: Settings) -> None:
         for name in _POSITIVE
         if name in given and not (type(given[name]) in (int, float) and 0 < given[name] < math.inf)
     }
+    expected |= {
+        name: "a type of floating-point numbers"
+        for name in ("dtype", "torch_dtype")
+        if name in given and given[name] not in _DTYPES
+    }
     if expected:
         listed = ", ".join(f"{name}={source[name]!r} (expected {what})" for name, what in sorted(expected.items()))
         raise ValueError(f"{file} has impossible entries: {listed}.")
@@ -378,7 +412,7 @@ def _vision_feature(source: Settings, vision_config: PreTrainedConfig, layers: s
             f"MambaMia reads no class token."
         )
     kept = layer if layer >= 0 else num_layers + 1 + layer
-    is_cut = layers == set(range(kept)) and 0 < kept < num_layers
+    is_cut = 0 < kept < num_layers and len(layers) == kept and max(layers) == kept - 1
     if is_cut:
         vision_config.num_hidden_layers = kept
         layer = -1
@@ -391,7 +425,7 @@ def _vision_feature(source: Settings, vision_config: PreTrainedConfig, layers: s
 
 def _tower_to_original(config: MambaMiaConfig) -> tuple[str, int]:
     """The original `mm_vision_tower` and `mm_vision_select_layer` of a configuration of ours."""
-    vision_config, layer = config.vision_config, config.vision_feature_layer
+    vision_config, layer = parts(config)[0], config.vision_feature_layer
     num_layers = vision_config.num_hidden_layers
     is_last, is_normed = layer in (-1, num_layers), getattr(config, "vision_feature_norm", False)
     if is_normed and not is_last:
@@ -411,7 +445,7 @@ def _tower_to_original(config: MambaMiaConfig) -> tuple[str, int]:
 
 def _select_layer(config: MambaMiaConfig, cut: int) -> int:
     """`mm_vision_select_layer`, given the number of layers that were deleted from the end of the tower."""
-    vision_config, layer = config.vision_config, config.vision_feature_layer
+    vision_config, layer = parts(config)[0], config.vision_feature_layer
     if getattr(config, "vision_feature_norm", False):
         return -1 - cut
     if layer == -1 and vision_config.model_type.startswith("siglip"):
@@ -429,7 +463,7 @@ def _text_config(source: Settings) -> PreTrainedConfig:
     return config_class(**{key: value for key, value in source.items() if key in own or key in _ROPE_KEYS})
 
 
-def _vision_config(src: Path, name: str) -> PreTrainedConfig:
+def _vision_config(src: Path, name: str, num_tensors: int) -> PreTrainedConfig:
     """The configuration of a vision tower, found by its folder, its well-known name or its Hub name."""
     with explained(
         f"mm_vision_tower={name!r} is neither a folder with a config.json, nor a Hub name that can be read, nor one "
@@ -439,5 +473,7 @@ def _vision_config(src: Path, name: str) -> PreTrainedConfig:
         for known, sizes in _VISION_TOWERS.items():
             if folder is None and Path(name).name == Path(known).name:
                 return CONFIG_MAPPING[sizes["model_type"]](**sizes)
+        if folder is not None:
+            check_layer_counts(read_json(folder / "config.json"), num_tensors)
         config = AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
         return getattr(config, "vision_config", config)

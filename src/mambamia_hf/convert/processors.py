@@ -15,6 +15,7 @@ from transformers.image_utils import PILImageResampling
 from ..configuration_mambamia import MambaMiaConfig
 from ..processing_mambamia import MambaMiaProcessor
 from ..video_processing_mambamia import MambaMiaVideoProcessor
+from .configurations import parts
 from .weights import explained
 
 
@@ -137,9 +138,10 @@ def _image_processor(src: Path, tower: str, config: MambaMiaConfig) -> Any:
     folders = [path for path in (src / tower, Path(tower), src) if (path / "preprocessor_config.json").is_file()]
     if folders:
         return AutoImageProcessor.from_pretrained(folders[0], trust_remote_code=False)
-    size = config.vision_config.image_size
+    vision_config, _, _ = parts(config)
+    size = vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    if config.vision_config.model_type == "clip_vision_model":
+    if vision_config.model_type == "clip_vision_model":
         return CLIPImageProcessor(
             size={"shortest_edge": height}, crop_size={"height": height, "width": width}, do_center_crop=True
         )
