@@ -100,8 +100,8 @@ def load_tokenizer(src: Path, config: MambaMiaConfig) -> PreTrainedTokenizerBase
 def add_placeholders(tokenizer: PreTrainedTokenizerBase, config: MambaMiaConfig) -> None:
     """Adds the placeholders of images and videos to a tokenizer that lacks them, and sets their ids in `config`."""
     tokenizer.add_tokens(["<|image_pad|>", "<|video_pad|>"], special_tokens=True)
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    vocabulary = tokenizer.get_vocab()
+    config.image_token_id, config.video_token_id = vocabulary["<|image_pad|>"], vocabulary["<|video_pad|>"]
 
 
 def make_processor(
