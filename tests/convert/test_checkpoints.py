@@ -60,6 +60,10 @@ def test_files_are_those_of_save_pretrained(tmp_path):
     files, saved = ({file.name for file in (tmp_path / name).iterdir()} for name in ("dst", "saved"))
     assert {name for name in files if ".safetensors" not in name} == {name for name in saved if ".saf" not in name}
     assert weights(tmp_path / "dst").keys() == weights(tmp_path / "saved").keys()
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("dst", "saved")]
+    for entry in ("architectures", "auto_map", "dtype", "model_type"):
+        assert configs[0][entry] == configs[1][entry]
+    assert str(tmp_path) not in json.dumps(configs[0])
     index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())
     assert (
         index["metadata"] == json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())["metadata"]
@@ -78,6 +82,9 @@ def test_types_of_the_tensors_are_kept(tmp_path):
     for name, tensor in weights(tmp_path / "dst").items():
         assert tensor.dtype == (torch.float32 if name.endswith("forward_ssm.A_log") else torch.bfloat16)
     assert load(tmp_path / "dst").dtype == torch.bfloat16
+    del original.config["torch_dtype"]
+    convert_from_original(original.write(tmp_path / "untold"), tmp_path / "dst2")
+    assert load(tmp_path / "dst2").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -87,6 +94,13 @@ def test_tied_head_that_is_stored_too(tmp_path, form):
     original.tensors["lm_head.weight"] = embeddings.clone() if form == "safetensors" else embeddings
     convert_from_original(original.write(tmp_path / "src", form), tmp_path / "dst")
     assert torch.equal(logits(load(tmp_path / "dst")), logits(original.model()))
+
+
+def test_tied_head_that_differs(tmp_path):
+    original = Original(text={"tie_word_embeddings": True})
+    original.tensors["lm_head.weight"] = original.tensors["model.embed_tokens.weight"] + 1
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        convert_from_original(original.write(tmp_path / "src"), tmp_path / "dst")
 
 
 @pytest.mark.parametrize("settings", [{}, {"text": {"model_type": "llama", "tie_word_embeddings": True}}])

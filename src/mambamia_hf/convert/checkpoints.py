@@ -4,13 +4,13 @@ import json
 import logging
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_mambamia import MambaMiaConfig
 from ..files import atomic_folder
@@ -44,7 +44,7 @@ from .names import (
     tower_prefix,
 )
 from .processors import add_placeholders, load_tokenizer, make_processor
-from .weights import StoredTensor, check_types, explained, read_json, read_tensors, read_weights, write_weights
+from .weights import DTYPES, StoredTensor, check_types, explained, read_json, read_tensors, read_weights, write_weights
 
 
 MAX_SHARD_SIZE = 2 * 10**9
@@ -161,16 +161,20 @@ def _convert_model(
         hint = f"To leave these out: {ignoring(unknown)}"
     check_tensors(str(folder), {**_shapes(kept), **_shapes(made)}, expected, _optional(config), hint)
     check_types({name: tensor.dtype for name, tensor in kept.items()})
+    if config.tie_word_embeddings:
+        embeddings = model.get_input_embeddings()
+        (name,) = (name for name, module in model.named_modules() if module is embeddings)
+        _check_tied_head(kept, original_name(f"{name}.weight"))
 
+    # Without an entry in config.json, what most tensors are; the model's type goes into the new config.json.
+    (most_common, _), *_ = Counter(tensor.dtype for tensor in kept.values()).most_common(1)
+    model.to(config.dtype or DTYPES[most_common])  # type: ignore[arg-type]  # wrapped without its signature
     with atomic_folder(dst) as written:
+        model.save_pretrained(written, state_dict={})  # everything but the weights
         renamed: dict[str, StoredTensor | Tensor] = {ours[name]: tensor for name, tensor in kept.items()}
         renamed |= {ours[name]: tensor for name, tensor in made.items()}
         write_weights(renamed, written, max_shard_size)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(written)
-        custom_object_save(model, written, config=config)  # type: ignore[arg-type]  # annotated as a dict
-        if not _copy_generation_config(folder, written):
-            model.generation_config.save_pretrained(written)
+        _copy_generation_config(folder, written)
         if tokenizer is not None:
             make_processor(folder, source["mm_vision_tower"], config, tokenizer).save_pretrained(written)
     return Path(dst)
@@ -221,8 +225,8 @@ def _meta_model(config: MambaMiaConfig) -> MambaMiaForConditionalGeneration:
 def _identities(config: MambaMiaConfig, weights: Mapping[str, StoredTensor], projector: str) -> dict[str, Tensor]:
     """The compressor's outer projections where the checkpoint leaves them out, under their original names."""
     names = [name.removeprefix(projector) for name in weights if name.startswith(projector)]
-    dtype = read_tensors({"": weights[f"{projector}model.layers.0.mixer.out_proj.weight"]})[""].dtype
-    absent = absent_projections(parts(config)[1], names, dtype)
+    dtype = weights[f"{projector}model.layers.0.mixer.out_proj.weight"].dtype
+    absent = absent_projections(parts(config)[1], names, DTYPES.get(dtype, torch.float32))
     return {projector + name: tensor for name, tensor in absent.items()}
 
 
@@ -250,18 +254,26 @@ def _check_buffers(buffers: Mapping[str, StoredTensor], config: MambaMiaConfig) 
             )
 
 
+def _check_tied_head(weights: Mapping[str, StoredTensor], embeddings: str) -> None:
+    """Checks a head that is stored although the configuration says that it is the embeddings once more."""
+    if "lm_head.weight" in weights:
+        stored = read_tensors({name: weights[name] for name in ("lm_head.weight", embeddings)})
+        if not torch.equal(stored["lm_head.weight"], stored[embeddings]):
+            raise ValueError(
+                f"tie_word_embeddings=True contradicts the tensors: lm_head.weight differs from {embeddings}; set it "
+                f"to false in config.json, or --ignore 'lm_head.weight'."
+            )
+
+
 def _rotary_frequencies(config: MambaMiaConfig, length: int) -> Tensor:
     theta = (parts(config)[2].rope_parameters or {}).get("rope_theta", math.nan)
     return theta ** -(torch.arange(length) / length)
 
 
-def _copy_generation_config(source: Path, target: Path) -> bool:
-    """Copies generation_config.json if there is one, and tells whether there is."""
-    if not (source / _GENERATION_CONFIG).is_file():
-        return False
-    read_json(source / _GENERATION_CONFIG)  # raises for a damaged one
-    shutil.copyfile(source / _GENERATION_CONFIG, target / _GENERATION_CONFIG)
-    return True
+def _copy_generation_config(source: Path, target: Path) -> None:
+    if (source / _GENERATION_CONFIG).is_file():
+        read_json(source / _GENERATION_CONFIG)  # raises for a damaged one
+        shutil.copyfile(source / _GENERATION_CONFIG, target / _GENERATION_CONFIG)
 
 
 def _hint_at_lone_compressor(source: Settings, weights: Mapping[str, StoredTensor]) -> str:

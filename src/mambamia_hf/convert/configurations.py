@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
 from .names import Shape, numbered
-from .weights import explained, read_json
+from .weights import DTYPES, explained, read_json
 
 
 Settings = dict[str, Any]
@@ -76,7 +76,6 @@ _SIZES = (
     "max_position_embeddings mm_hidden_size"
 ).split()
 _LAYER_COUNTS = ("num_hidden_layers", "num_temporal_layers", "num_layers", "n_layers", "n_layer")
-_DTYPES = ["float32", "float16", "bfloat16", "float64"]
 _POSITIVE = ("rms_norm_eps", "rope_theta")
 # What stands for a frame: its tokens, or its tokens and a learned vector.
 _MERGE_TYPES = ("flat", "flat_video_frame_with_end_token")
@@ -357,7 +356,7 @@ def _check_entries(file: Path, source: Settings) -> None:
     expected |= {
         name: "a type of floating-point numbers"
         for name in ("dtype", "torch_dtype")
-        if name in given and given[name] not in _DTYPES
+        if name in given and given[name] not in [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
     }
     if expected:
         listed = ", ".join(f"{name}={source[name]!r} (expected {what})" for name, what in sorted(expected.items()))
@@ -476,4 +475,6 @@ def _vision_config(src: Path, name: str, num_tensors: int) -> PreTrainedConfig:
         if folder is not None:
             check_layer_counts(read_json(folder / "config.json"), num_tensors)
         config = AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
-        return getattr(config, "vision_config", config)
+        config = getattr(config, "vision_config", config)
+        config.name_or_path = name  # else the path on this machine, which is not for publication
+        return config

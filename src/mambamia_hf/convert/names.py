@@ -31,8 +31,9 @@ TOWER = "model.vision_tower.vision_tower."
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 # The lab's Mamba2 has an embedding for a vocabulary of size 0.
 _NO_EMBEDDING = re.compile(r"(^|\.)model\.embeddings\.weight$")
-# Names per module that an error message lists before it counts them.
+# Names per module that an error message lists before it counts them, and tensors that it shows with their shapes.
 _LISTED = 24
+_LISTED_SHAPES = 12
 
 
 def original_compressor_name(name: str) -> str:
@@ -144,9 +145,9 @@ def check_tensors(
         if names
     ]
     if misshapen:
-        shown = [f"{name} ({found[name]}, expected {expected[name]})" for name in misshapen[:_LISTED]]
-        if len(misshapen) > _LISTED:
-            shown.append(f"and {len(misshapen) - _LISTED} more")
+        shown = [f"{name} ({found[name]}, expected {expected[name]})" for name in misshapen[:_LISTED_SHAPES]]
+        if len(misshapen) > _LISTED_SHAPES:
+            shown.append(f"and {len(misshapen) - _LISTED_SHAPES} more")
         problems.append(f"{len(misshapen)} of a wrong shape: {', '.join(shown)}")
     if problems:
         closing = f" {hint}" if unknown and hint else ""

@@ -18,8 +18,8 @@ from .names import Shape, listing
 
 
 # The types that weights come in, under safetensors' names.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
@@ -92,10 +92,10 @@ def check_types(dtypes: Mapping[str, str]) -> None:
     Raises:
         ValueError: for integers, complex numbers, quantised weights and the like.
     """
-    wrong = {name: dtype for name, dtype in dtypes.items() if dtype not in _DTYPES}
+    wrong = {name: dtype for name, dtype in dtypes.items() if dtype not in DTYPES}
     if wrong:
         raise ValueError(
-            f"Weights are stored as {', '.join(_DTYPES)}; these tensors are {', '.join(sorted(set(wrong.values())))}: "
+            f"Weights are stored as {', '.join(DTYPES)}; these tensors are {', '.join(sorted(set(wrong.values())))}: "
             f"{listing(wrong)}."
         )
 
@@ -142,7 +142,7 @@ def write_weights(weights: Mapping[str, StoredTensor | Tensor], folder: Path, ma
         OSError: if a file cannot be written.
     """
     sizes = {
-        name: torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta")
+        name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         if isinstance(tensor, StoredTensor)
         else tensor
         for name, tensor in weights.items()
