@@ -129,7 +129,7 @@ def make_processor(
         tokenizer=tokenizer,
         video_processor=video_processor,
         chat_template=_CONTENT + (_QWEN_DIALOGUE if is_qwen else _VICUNA_DIALOGUE),
-        num_frame_tokens=config.num_frame_tokens,
+        tokens_per_frame=config.tokens_per_frame(),
     )
 
 

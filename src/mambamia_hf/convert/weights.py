@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def explained(what: str) -> Iterator[None]:
     # What a library raises over values it never expected is no part of its promises: KeyError for an unknown
     # activation, ZeroDivisionError for 0 heads, RecursionError for nested JSON.
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = textwrap.shorten(str(error), 400, placeholder=" …").rstrip(".")
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{what} ({kind}{reason}).") from error
 
