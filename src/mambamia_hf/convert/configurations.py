@@ -190,9 +190,12 @@ def untold_sizes(source: Settings) -> dict[str, int]:
     told = source.get("mm_projector_config")
     if told is None:
         return {}
-    if not isinstance(told, dict) or not all(_is_size(told[name]) for name in _UNTOLD_SIZES if name in told):
-        raise ValueError(f"mm_projector_config={told!r} has to hold sizes, whole numbers of at least 1.")
-    return {name: told[name] for name in _UNTOLD_SIZES if name in told}
+    if not isinstance(told, dict) or not all(name in _UNTOLD_SIZES and _is_size(told[name]) for name in told):
+        raise ValueError(
+            f"mm_projector_config={told!r} has to hold {', '.join(_UNTOLD_SIZES)} or some of them, whole numbers of at "
+            f"least 1."
+        )
+    return told
 
 
 def parts(config: MambaMiaConfig) -> tuple[PreTrainedConfig, MambaMiaCompressorConfig, PreTrainedConfig]:
