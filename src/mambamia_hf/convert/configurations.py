@@ -192,8 +192,8 @@ def untold_sizes(source: Settings) -> dict[str, int]:
         return {}
     if not isinstance(told, dict) or not all(name in _UNTOLD_SIZES and _is_size(told[name]) for name in told):
         raise ValueError(
-            f"mm_projector_config={told!r} has to hold {', '.join(_UNTOLD_SIZES)} or some of them, whole numbers of at "
-            f"least 1."
+            f"mm_projector_config={told!r} may hold {', '.join(_UNTOLD_SIZES)}, whole numbers of at least 1, and "
+            f"nothing else."
         )
     return told
 
