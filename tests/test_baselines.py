@@ -62,7 +62,7 @@ def test_in_place_of_the_compressor(baseline):
     model = MambaMiaForConditionalGeneration(config)
     model.model.compressor = baseline(config.compressor_config)
     videos = random_videos(2, 3)
-    input_ids = torch.tensor([[7] + 3 * config.num_frame_tokens * [config.video_token_id] + [8, 9]]).repeat(2, 1)
+    input_ids = torch.tensor([[7] + 3 * config.tokens_per_frame() * [config.video_token_id] + [8, 9]]).repeat(2, 1)
     loss = model(
         input_ids=input_ids, pixel_values_videos=videos, labels=input_ids.masked_fill(input_ids < 8, -100)
     ).loss

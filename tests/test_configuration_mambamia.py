@@ -14,7 +14,6 @@ from mambamia_hf import (
     MambaMiaConfig,
     MambaMiaForConditionalGeneration,
 )
-from mambamia_hf.configuration_mambamia import num_kept_frames
 
 
 def test_defaults_are_the_full_size_model():
@@ -43,7 +42,7 @@ def test_defaults_are_the_full_size_model():
     assert {name: getattr(compressor, name) for name in fields} == fields
     assert compressor.to_dict() == MambaMiaCompressorConfig().to_dict()
     assert (config.image_token_id, config.video_token_id, config.vision_feature_layer) == (151655, 151656, -2)
-    assert (config.delta_threshold, config.delta_min_frames, config.num_frame_tokens) == (0.6, 180, 24)
+    assert (config.delta_threshold, config.delta_min_frames, config.tokens_per_frame()) == (0.6, 180, 24)
 
 
 def test_full_size_parameters():
@@ -121,7 +120,7 @@ def test_time_step_limit_survives_json(tmp_path):
 
 def test_non_square_frames():
     config = tiny_config(vision_config={"image_size": [32, 64]}, compressor_config={"patches_per_anchor": 8})
-    assert config.num_frame_tokens == 4
+    assert config.tokens_per_frame() == 4
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_non_square_frames():
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must not be negative"),
         ({"initializer_range": -0.1}, "initializer_range must not be negative"),
         ({"gpa_dropout": 1.0}, "gpa_dropout must lie in .0, 1., not 1.0"),
-        ({"time_stretch": 0.5}, "time_stretch must be at least 1, not 0.5"),
+        ({"length_scale": 0.5}, "length_scale must be at least 1, not 0.5"),
     ],
 )
 def test_impossible_compressors(settings, message):
@@ -192,10 +191,3 @@ def test_impossible_models(settings, message):
 def test_wrong_types_are_refused_as_by_any_config(settings, message):
     with pytest.raises(StrictDataclassFieldValidationError, match=message):
         MambaMiaCompressorConfig(**settings)
-
-
-def test_number_of_kept_frames():
-    assert num_kept_frames(10) == 10
-    assert num_kept_frames(10, keep_frames=3) == 3 and num_kept_frames(10, keep_frames=30) == 10
-    assert num_kept_frames(10, keep_ratio=0.25) == 2 and num_kept_frames(10, keep_ratio=1) == 10
-    assert num_kept_frames(10, keep_ratio=0.01) == 1

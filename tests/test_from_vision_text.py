@@ -98,7 +98,7 @@ def test_it_trains_saves_and_answers(folder, tmp_path, vision, text):
     model, processor = build(folder, vision, text)
     assert not [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
     batch = ConversationCollator(processor)([conversation(folder)])
-    assert (batch["input_ids"] == model.config.video_token_id).sum() == 4 * model.config.num_frame_tokens
+    assert (batch["input_ids"] == model.config.video_token_id).sum() == 4 * model.config.tokens_per_frame()
     loss = model.train()(**batch).loss
     loss.backward()
     assert torch.isfinite(loss)
@@ -149,11 +149,11 @@ def test_sizes_follow_the_two_and_arguments(folder):
     model, processor = build(folder, "siglip", "qwen")
     config = model.config.compressor_config
     assert (config.input_size, config.output_size, config.patches_per_anchor) == (24, 32, 4)
-    assert processor.num_frame_tokens == model.config.num_frame_tokens == 4
+    assert processor.tokens_per_frame == model.config.tokens_per_frame() == 4
     model = MambaMiaForConditionalGeneration.from_vision_text_pretrained(
         folder / "siglip", folder / "qwen", dtype=torch.bfloat16, patches_per_anchor=16, **COMPRESSOR
     )
-    assert model.config.num_frame_tokens == 1
+    assert model.config.tokens_per_frame() == 1
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="The compressor has no setting frame_dropout; set those of the whole model"):
         MambaMiaForConditionalGeneration.from_vision_text_pretrained("nowhere", "nowhere", frame_dropout=0.5)

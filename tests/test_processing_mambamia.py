@@ -19,7 +19,7 @@ def make_processor(**kwargs):
         image_processor=SiglipImageProcessor(size=SIZE),
         tokenizer=tiny_tokenizer(),
         video_processor=MambaMiaVideoProcessor(size=SIZE),
-        num_frame_tokens=ANCHORS,
+        tokens_per_frame=ANCHORS,
         **kwargs,
     )
 
@@ -210,7 +210,7 @@ class TestChat:
     @pytest.mark.parametrize("key", ["video", "path", "url"])
     def test_video_file(self, processor, path, key):
         inputs = self.process(processor, [user({"type": "video", key: path}, text("What?"))])
-        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values_videos", "frame_mask"}
+        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values_videos", "frame_mask", "num_kept_frames"}
         assert read_numbers(inputs["pixel_values_videos"][0] * 127.5 + 127.5) == [2, 7, 12, 17, 22, 27, 32, 37]
         assert video_tokens(processor, inputs) == [8 * ANCHORS]
 
@@ -276,7 +276,7 @@ class TestSaving:
         processor.save_pretrained(tmp_path / "saved")
         loaded = AutoProcessor.from_pretrained(tmp_path / "saved")
         assert type(loaded) is MambaMiaProcessor
-        assert (loaded.num_frame_tokens, loaded.keep_frames, loaded.keep_ratio) == (ANCHORS, None, 0.25)
+        assert (loaded.tokens_per_frame, loaded.keep_frames, loaded.keep_ratio) == (ANCHORS, None, 0.25)
         assert loaded.chat_template == processor.chat_template
         assert loaded.video_processor.to_dict() == processor.video_processor.to_dict()
         messages = [user({"type": "video", "path": path}, text("What?"))]
@@ -303,6 +303,7 @@ class TestSaving:
             "pixel_values",
             "pixel_values_videos",
             "frame_mask",
+            "num_kept_frames",
         }
 
     def test_tokenizer_without_the_tokens(self):

@@ -121,7 +121,7 @@ class MambaMiaModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCa
     def test_can_init_all_missing_weights(self):
         pass
 
-    @unittest.skip("it subtracts outputs, which `selected_frames` does not allow; test_modeling_mambamia has its own")
+    @unittest.skip("it subtracts outputs, which `keep_mask` does not allow; test_modeling_mambamia has its own")
     def test_model_outputs_equivalence(self):
         pass
 
@@ -265,7 +265,7 @@ class MambaMiaProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @staticmethod
     def prepare_processor_dict() -> dict:
-        return {"num_frame_tokens": NUM_ANCHORS}
+        return {"tokens_per_frame": NUM_ANCHORS}
 
     def test_apply_chat_template_video_frame_sampling(self):
         # As the common test, but for two things: up to 2 fps are sampled where nothing is said, and a list of image

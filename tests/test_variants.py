@@ -64,7 +64,7 @@ def build(text="qwen2", vision="siglip", compressor=(), **kwargs) -> MambaMiaFor
 
 
 def question(model, num_frames: int, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
-    tokens = num_frames * model.config.frame_tokens(height, width)
+    tokens = num_frames * model.config.tokens_per_frame(height, width)
     generator = torch.Generator().manual_seed(0)
     return {
         "input_ids": torch.tensor([[11, 12] + [VIDEO_TOKEN] * tokens + [13, 14]]),
@@ -118,7 +118,7 @@ def test_vision_tower(vision, vision_feature_layer, tmp_path):
 def test_frames_that_are_not_square(vision, tmp_path):
     model = build(vision=vision, vision_feature_layer=-1)
     features = model.get_video_features(question(model, 3, 32, 64)["pixel_values_videos"])
-    assert features.last_hidden_state.shape[2] == 2 * model.config.num_frame_tokens
+    assert features.last_hidden_state.shape[2] == 2 * model.config.tokens_per_frame()
     learn_generate_save_load(model, tmp_path, height=32, width=64)
 
 
@@ -179,7 +179,7 @@ def test_no_temporal_layer(tmp_path):
 
 def test_end_of_frame_vector(tmp_path):
     model = build(end_of_frame=True)
-    assert model.config.num_frame_tokens == 5
+    assert model.config.tokens_per_frame() == 5
     features = model.get_video_features(question(model, 3)["pixel_values_videos"])
     assert torch.equal(features.pooler_output[0][4::5], model.model.end_of_frame.expand(3, -1))
     learn_generate_save_load(model, tmp_path)

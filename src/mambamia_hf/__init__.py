@@ -11,6 +11,7 @@ __all__ = [
     "MambaMiaCompressor",
     "MambaMiaCompressorConfig",
     "MambaMiaConfig",
+    "MambaMiaEncoder",
     "MambaMiaForConditionalGeneration",
     "MambaMiaModel",
     "MambaMiaProcessor",

@@ -10,7 +10,9 @@ from transformers import (
 )
 
 from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
-from .modeling_compressor import MambaMiaCompressor, select_frames
+from .frame_selection import select_frames
+from .modeling_compressor import MambaMiaCompressor
+from .modeling_encoder import MambaMiaEncoder
 from .modeling_mambamia import MambaMiaForConditionalGeneration, MambaMiaModel
 from .processing_mambamia import MambaMiaProcessor
 from .video_processing_mambamia import MambaMiaVideoProcessor
@@ -39,6 +41,7 @@ __all__ = [
     "MambaMiaCompressor",
     "MambaMiaCompressorConfig",
     "MambaMiaConfig",
+    "MambaMiaEncoder",
     "MambaMiaForConditionalGeneration",
     "MambaMiaModel",
     "MambaMiaProcessor",

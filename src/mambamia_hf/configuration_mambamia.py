@@ -1,35 +1,14 @@
 """Configurations of MambaMia: the compressor alone, and vision tower + compressor + language model."""
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-
-def num_kept_frames(num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None) -> int:
-    """How many of `num_frames` frames an exact budget keeps; all of them without a budget.
-
-    Args:
-        num_frames: frames of the video.
-        keep_frames: a number of frames, at least 1; a video that has fewer keeps them all.
-        keep_ratio: a share of the frames, in (0, 1]; at least one frame is kept.
-
-    Raises:
-        ValueError: if both are given, or one is out of range.
-    """
-    if keep_frames is not None and keep_ratio is not None:
-        raise ValueError(f"Set keep_frames or keep_ratio, not both (got {keep_frames} and {keep_ratio}).")
-    if keep_frames is not None:
-        if isinstance(keep_frames, bool) or keep_frames != int(keep_frames) or keep_frames < 1:
-            raise ValueError(f"keep_frames must be a whole number of at least 1, not {keep_frames}.")
-        return min(int(keep_frames), num_frames)
-    if keep_ratio is not None:
-        if not 0 < keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must lie above 0 and at most at 1, not {keep_ratio}.")
-        return max(1, round(keep_ratio * num_frames))
-    return num_frames
+from .frame_selection import frame_budget
+from .versions import warn_if_untested
 
 
 @strict
@@ -57,9 +36,10 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
             residual stream after each mixer (the paper's equations); `"pre_mixer"` replaces them in the mixer's input
             only and keeps the gate within [0.01, 0.99] (the released code); `None` leaves GPA out.
         gpa_dropout (`float`, defaults to 0.1): dropout on the anchor on its way into the attention and the gate.
-        time_stretch (`float`, defaults to 1.0): in training, stage 2's Δ of the quieter half of a video's frames is
-            multiplied at random, as if the video lasted up to so many times longer and nothing went on in the added
-            time; the paper has none. What stage 2 remembers then survives videos longer than those of training.
+        length_scale (`float`, defaults to 1.0): in training, stage 2's Δ of the quieter half of a video's frames is
+            multiplied by a random factor, as if the video were up to `length_scale` times longer and nothing happened
+            in the added time. The memory of stage 2 then survives videos longer than those of training. Not in the
+            paper.
         time_step_limit (`tuple`, defaults to `(0.0, inf)`): range that Δ is clamped to.
         time_step_min, time_step_max (`float`, default to 0.001 and 0.1): Δ at initialisation is log-uniform between.
         time_step_floor (`float`, defaults to 1e-4): Δ at initialisation is at least this.
@@ -92,7 +72,7 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     input_norm: bool = False
     gpa_placement: Literal["post_mixer", "pre_mixer"] | None = "post_mixer"
     gpa_dropout: float | int = 0.1
-    time_stretch: float | int = 1.0
+    length_scale: float | int = 1.0
     time_step_limit: list[float | int] | tuple[float | int, ...] = (0.0, float("inf"))
     time_step_min: float = 0.001
     time_step_max: float = 0.1
@@ -102,7 +82,7 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.time_step_limit = tuple(float(bound) for bound in self.time_step_limit)
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, so that construction raises the ValueError itself
@@ -132,9 +112,13 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
             )
         return num_patches // self.patches_per_anchor
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: the settings have to fit each other."""
         super().validate_architecture()
+        self._validate_sizes()
+        self._validate_ranges()
+
+    def _validate_sizes(self) -> None:
         for name in (
             "input_size output_size hidden_size num_hidden_layers expand head_dim state_size n_groups conv_kernel "
             "chunk_size patches_per_anchor"
@@ -153,6 +137,8 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
                 f"n_groups={self.n_groups} does not divide the {self.num_heads} heads of expand * hidden_size / "
                 f"head_dim; set n_groups to a divisor of it."
             )
+
+    def _validate_ranges(self) -> None:
         if len(self.time_step_limit) != 2 or not 0 <= self.time_step_limit[0] < self.time_step_limit[1]:
             raise ValueError(f"time_step_limit must be two rising numbers from 0 on, not {self.time_step_limit}.")
         for low, high in (("time_step_min", "time_step_max"), ("A_init_min", "A_init_max")):
@@ -164,11 +150,34 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         for name in ("time_step_floor", "rms_norm_eps", "initializer_range"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
-        if self.time_stretch < 1:
-            raise ValueError(f"time_stretch must be at least 1, not {self.time_stretch}.")
+        if self.length_scale < 1:
+            raise ValueError(f"length_scale must be at least 1, not {self.length_scale}.")
         if not 0 <= self.gpa_dropout < 1:
             raise ValueError(f"gpa_dropout must lie in [0, 1), not {self.gpa_dropout}.")
 
+
+# SigLIP2 so400m, 384 px, patch 16.
+_VISION_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 16,
+    "vision_use_head": False,
+}
+# Qwen2-7B.
+_TEXT_CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
 
 # The language models of the paper, each with its frame selection. Vicuna has no placeholders: two tokens are added.
 _PRESETS = {
@@ -223,34 +232,10 @@ class MambaMiaConfig(PreTrainedConfig):
     """
 
     model_type = "mambamia"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="siglip_vision_model",
-            init_kwargs={
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                "image_size": 384,
-                "patch_size": 16,
-                "vision_use_head": False,
-            },
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="qwen2",
-            init_kwargs={
-                "vocab_size": 152064,
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-            },
-        ),
-        "compressor_config": SubConfigSpec(config_class=MambaMiaCompressorConfig),
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+        "compressor_config": MambaMiaCompressorConfig,
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -269,7 +254,12 @@ class MambaMiaConfig(PreTrainedConfig):
     delta_loss_coef: float | int = 0.0
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
+        warn_if_untested()
+        self.vision_config = _sub_config(self.vision_config, _VISION_CONFIG)
+        self.text_config = _sub_config(self.text_config, _TEXT_CONFIG)
+        if not isinstance(self.compressor_config, PreTrainedConfig):
+            self.compressor_config = MambaMiaCompressorConfig(**(self.compressor_config or {}))
         super().__post_init__(**kwargs)
         self.compressor_config.input_size = self.vision_hidden_size
         self.compressor_config.output_size = self.text_config.hidden_size
@@ -277,8 +267,8 @@ class MambaMiaConfig(PreTrainedConfig):
         self.validate_architecture()
 
     @classmethod
-    def from_preset(cls, name: str, **kwargs) -> "MambaMiaConfig":
-        """A configuration of the paper: `"qwen2-7b"`, which is the default, or `"vicuna-7b"`; `kwargs` go before it.
+    def from_preset(cls, name: str, **kwargs: Any) -> "MambaMiaConfig":
+        """A configuration of the paper: `"qwen2-7b"` (the default one) or `"vicuna-7b"`; `kwargs` override its fields.
 
         Raises:
             ValueError: if there is no preset of that name.
@@ -299,15 +289,17 @@ class MambaMiaConfig(PreTrainedConfig):
         halvings = 2**self._vision_stage if hasattr(vision, "hidden_sizes") else 1
         return height // patch_height // halvings, width // patch_width // halvings
 
-    def frame_tokens(self, height: int | None = None, width: int | None = None) -> int:
-        """Tokens that the language model gets for a frame: its anchors, and the end-of-frame vector if any."""
+    def tokens_per_frame(self, height: int | None = None, width: int | None = None) -> int:
+        """Tokens per frame for the language model: its anchors, and the end-of-frame vector if there is one.
+
+        Args:
+            height, width: of a frame in pixels, by default the vision tower's own size.
+
+        Raises:
+            ValueError: if the patches are not a whole number of rows.
+        """
         rows, columns = self.patch_grid(height, width)
         return self.compressor_config.num_anchors(rows * columns) + self.end_of_frame
-
-    @property
-    def num_frame_tokens(self) -> int:
-        """`frame_tokens` of a frame of the vision tower's own size."""
-        return self.frame_tokens()
 
     @property
     def vision_hidden_size(self) -> int:
@@ -337,11 +329,11 @@ class MambaMiaConfig(PreTrainedConfig):
             )
         return vision_feature_layer % (num_layers + 1)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: the settings have to fit each other."""
         super().validate_architecture()
         self.vision_layer(self.vision_feature_layer)
-        self.num_frame_tokens  # noqa: B018 - raises where the patches are not a whole number of rows
+        self.tokens_per_frame()  # raises where the patches are not a whole number of rows
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
         if self.vision_batch_size < 1:
@@ -354,7 +346,7 @@ class MambaMiaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}.")
-        num_kept_frames(1, self.keep_frames, self.keep_ratio)
+        frame_budget(1, self.keep_frames, self.keep_ratio)
         if self.delta_threshold is not None and (self.keep_frames is not None or self.keep_ratio is not None):
             raise ValueError(
                 f"delta_threshold={self.delta_threshold} and a budget (keep_frames={self.keep_frames}, "
@@ -368,8 +360,16 @@ class MambaMiaConfig(PreTrainedConfig):
                 )
 
 
+def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration as it is, from a dictionary (of the default's type if that names none), or the default."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    settings = dict(default if given is None else given)
+    return CONFIG_MAPPING[settings.pop("model_type", default["model_type"])](**settings)
+
+
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
-__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig", "num_kept_frames"]
+__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig"]

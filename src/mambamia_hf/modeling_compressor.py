@@ -13,7 +13,8 @@ from transformers.integrations import use_kernelized_func
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .configuration_mambamia import MambaMiaCompressorConfig, num_kept_frames
+from .configuration_mambamia import MambaMiaCompressorConfig
+from .frame_selection import frame_budget
 from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
 
@@ -90,7 +91,7 @@ class MambaMiaMamba2SSM(nn.Module):
         initial_states: Tensor | None = None,
         states_only: bool = False,
         outputs: slice = slice(None),
-        time_stretch: float = 1.0,
+        length_scale: float = 1.0,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """
         Args:
@@ -99,7 +100,7 @@ class MambaMiaMamba2SSM(nn.Module):
             initial_states: `(batch, heads, head_dim, state_size)`, zero where absent.
             states_only: whether to leave the output out, at a fraction of the price.
             outputs: the tokens whose output is asked for.
-            time_stretch: how many times longer than they are sequences may seem to the scan.
+            length_scale: how many times longer than they are sequences may seem to the scan.
 
         Returns:
             The normed output of the scan `(batch, outputs, intermediate_size)`, before the gate; the step sizes Δ
@@ -117,7 +118,7 @@ class MambaMiaMamba2SSM(nn.Module):
             return None, delta, ssd_final_states(x, delta, A, B, initial_states)
         y, states = ssd_chunk_scan(
             x,
-            _stretch_quiet_time(delta, time_stretch),
+            _stretch_quiet_time(delta, length_scale),
             A,
             B,
             C,
@@ -149,14 +150,14 @@ class MambaMiaMamba1SSM(nn.Module):
         self.D = nn.Parameter(torch.empty(channels))
 
     def forward(
-        self, inputs: Tensor, outputs: slice = slice(None), time_stretch: float = 1.0
+        self, inputs: Tensor, outputs: slice = slice(None), length_scale: float = 1.0
     ) -> tuple[Tensor, Tensor, None]:
         """`(batch, length, intermediate_size)` to the output of the scan, for `outputs`, and Δ, for all tokens."""
         x = self.conv1d(inputs)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(_in_full(self.dt_proj(dt)) + _in_full(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
-        steps = _stretch_quiet_time(delta, time_stretch)
+        steps = _stretch_quiet_time(delta, length_scale)
         return selective_scan(x, steps, -_in_full(self.A_log).exp(), B, C, self.D)[:, outputs], delta, None
 
 
@@ -180,10 +181,10 @@ class MambaMiaMixer(nn.Module):
         self.in_proj = MambaMiaInputProjection(config.hidden_size, sum(self.in_split), bias=False)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, time_stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, length_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """`(batch, length, hidden_size)` to the same shape, and the forward scan's Δ `(batch, length, heads)`."""
         z, inputs = self.project(hidden_states)
-        y, delta = self.scan(inputs, time_stretch=time_stretch)
+        y, delta = self.scan(inputs, length_scale=length_scale)
         return self.out_proj(y * nn.functional.silu(z)), delta
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,11 +204,11 @@ class MambaMiaMixer(nn.Module):
             return self.in_proj(hidden_states, outputs)
         return self.in_proj(hidden_states)[..., outputs]  # an adapter or a quantized layer in its place gives them all
 
-    def scan(self, inputs: Tensor, every: int = 1, time_stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    def scan(self, inputs: Tensor, every: int = 1, length_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The sum of both directions' normed outputs, for the last of `every` so many tokens, and the forward Δ."""
-        y, delta, _ = self.forward_ssm(inputs, outputs=slice(every - 1, None, every), time_stretch=time_stretch)
+        y, delta, _ = self.forward_ssm(inputs, outputs=slice(every - 1, None, every), length_scale=length_scale)
         if self.backward_ssm is not None:
-            backward = self.backward_ssm(inputs.flip(1), outputs=slice(0, None, every), time_stretch=time_stretch)
+            backward = self.backward_ssm(inputs.flip(1), outputs=slice(0, None, every), length_scale=length_scale)
             y = y + backward[0].flip(1)
         return y, delta
 
@@ -371,7 +372,7 @@ class MambaMiaTemporalBlock(GradientCheckpointingLayer):
         """`(batch, frames, anchors, hidden_size)` to the same shape, and Δ of every frame `(batch, frames)`."""
         batch_size = hidden_states.shape[0]
         over_time = self.norm(hidden_states).transpose(1, 2).flatten(0, 1)
-        mixed, delta = self.mixer(over_time, self.config.time_stretch if self.training else 1.0)
+        mixed, delta = self.mixer(over_time, self.config.length_scale if self.training else 1.0)
         mixed = mixed.unflatten(0, (batch_size, -1)).transpose(1, 2)
         return hidden_states + mixed, delta.unflatten(0, (batch_size, -1)).mean(dim=(1, 3))
 
@@ -556,7 +557,7 @@ def select_frames(
         )
     if threshold is not None and threshold < 0:
         raise ValueError(f"threshold must not be negative, not {threshold}.")
-    num_kept_frames(1, keep_frames, keep_ratio)
+    frame_budget(1, keep_frames, keep_ratio)
     if frame_mask is None:
         frame_mask = torch.ones_like(frame_deltas, dtype=torch.bool)
     selected = torch.zeros_like(frame_mask, dtype=torch.bool)
@@ -565,7 +566,7 @@ def select_frames(
         if threshold is not None:
             kept = _keep_by_threshold(deltas, threshold)
         else:
-            kept = _keep_by_budget(deltas, num_kept_frames(len(deltas), keep_frames, keep_ratio))
+            kept = _keep_by_budget(deltas, frame_budget(len(deltas), keep_frames, keep_ratio))
         selected[video, mask] = kept.to(selected.device)
     return selected
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 from transformers import AutoImageProcessor, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
@@ -10,7 +11,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput
 
-from .configuration_mambamia import MambaMiaConfig, num_kept_frames
+from .configuration_mambamia import MambaMiaConfig
+from .frame_selection import frame_budget
 from .tokenization_mambamia import load_tokenizer
 from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs
 
@@ -74,7 +76,7 @@ class MambaMiaProcessorKwargs(ProcessingKwargs, total=False):
 class MambaMiaProcessor(ProcessorMixin):
     """
     Joins an image processor, a tokenizer and a video processor, and replaces the one placeholder of each video and
-    image in a text by as many as there will be tokens: `num_frame_tokens` for an image or a frame of a video.
+    image in a text by as many as there will be tokens: `tokens_per_frame` for an image or a frame of a video.
 
     With `keep_frames` or `keep_ratio` there are placeholders for so many frames of each video only, and the model
     keeps exactly so many, the most important ones.
@@ -84,7 +86,7 @@ class MambaMiaProcessor(ProcessorMixin):
             The processors of each kind of input. The tokenizer needs the tokens `<|image_pad|>` and `<|video_pad|>`.
         chat_template (`str`, *optional*):
             A Jinja template for conversations; the dialogue format of Qwen2 by default.
-        num_frame_tokens (`int`, *optional*, defaults to 24):
+        tokens_per_frame (`int`, *optional*, defaults to 24):
             Tokens a frame: its anchors, and the end-of-frame vector where the model has one.
         keep_frames (`int`, *optional*):
             How many frames of each video to keep; a call may set another number.
@@ -103,12 +105,12 @@ class MambaMiaProcessor(ProcessorMixin):
         tokenizer=None,
         video_processor=None,
         chat_template: str | None = None,
-        num_frame_tokens: int = 24,
+        tokens_per_frame: int = 24,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
     ):
-        num_kept_frames(1, keep_frames, keep_ratio)  # raises for an impossible budget
-        self.num_frame_tokens = num_frame_tokens
+        frame_budget(1, keep_frames, keep_ratio)  # raises for an impossible budget
+        self.tokens_per_frame = tokens_per_frame
         self.keep_frames = keep_frames
         self.keep_ratio = keep_ratio
         self.image_token = "<|image_pad|>"
@@ -148,8 +150,12 @@ class MambaMiaProcessor(ProcessorMixin):
             image_processor=SiglipImageProcessor(**settings),
             tokenizer=load_tokenizer(text),
             video_processor=MambaMiaVideoProcessor(**settings),
-            num_frame_tokens=config.num_frame_tokens,
+            tokens_per_frame=config.tokens_per_frame(),
         )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "num_kept_frames"]
 
     def prepare_inputs_layout(
         self,
@@ -203,9 +209,14 @@ class MambaMiaProcessor(ProcessorMixin):
             )
 
     def _process_videos(
-        self, videos: VideoInput, keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs
+        self, videos: VideoInput, keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
         processed = self.video_processor(videos, **kwargs)
+        budget = self._budget(keep_frames, keep_ratio)
+        has_budget = any(value is not None for value in budget)
+        num_frames = [int(mask.sum()) for mask in processed["frame_mask"]]
+        kept = [frame_budget(count, *budget) if has_budget else 0 for count in num_frames]
+        processed.update(BatchFeature({"num_kept_frames": kept}, tensor_type=kwargs.get("return_tensors")))
         replacements = [
             self.replace_video_token(processed, video_idx, keep_frames=keep_frames, keep_ratio=keep_ratio)
             for video_idx in range(len(videos))
@@ -213,7 +224,7 @@ class MambaMiaProcessor(ProcessorMixin):
         return processed, replacements
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_frame_tokens
+        return self.image_token * self.tokens_per_frame
 
     def replace_video_token(
         self,
@@ -229,10 +240,14 @@ class MambaMiaProcessor(ProcessorMixin):
     def num_video_tokens(
         self, num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None
     ) -> int:
-        """Placeholders of a video of so many frames, with a budget of this call or else of this processor."""
+        """Placeholders of a video of `num_frames` frames, with the budget of this call or else of this processor."""
+        return frame_budget(num_frames, *self._budget(keep_frames, keep_ratio)) * self.tokens_per_frame
+
+    def _budget(self, keep_frames: int | None, keep_ratio: float | None) -> tuple[int | None, float | None]:
+        """The budget of a call as (keep_frames, keep_ratio), by default this processor's."""
         if keep_frames is None and keep_ratio is None:
-            keep_frames, keep_ratio = self.keep_frames, self.keep_ratio
-        return num_kept_frames(num_frames, keep_frames, keep_ratio) * self.num_frame_tokens
+            return self.keep_frames, self.keep_ratio
+        return keep_frames, keep_ratio
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """
@@ -246,7 +261,7 @@ class MambaMiaProcessor(ProcessorMixin):
         budget = videos_kwargs.get("keep_frames"), videos_kwargs.get("keep_ratio")
         data = {}
         if image_sizes is not None:
-            data["num_image_tokens"] = [self.num_frame_tokens] * len(image_sizes)
+            data["num_image_tokens"] = [self.tokens_per_frame] * len(image_sizes)
             data["num_image_patches"] = [1] * len(image_sizes)
         if video_sizes is not None:
             data["num_video_tokens"] = [self.num_video_tokens(num_frames, *budget) for num_frames, _, _ in video_sizes]
