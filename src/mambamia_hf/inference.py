@@ -18,7 +18,7 @@ from transformers.image_utils import load_image
 
 from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
 from .inputs import check_checkpoint, check_part, check_video, frame_files
-from .modeling_mambamia import MambaMiaFeaturesOutput
+from .modeling_encoder import MambaMiaFeaturesOutput
 from .video_decoding import TimedVideoMetadata, decode_video
 
 
@@ -59,12 +59,11 @@ class EncodedVideo:
     """A video that a model has seen: each question costs the language model's time only. Made by [`encode_video`].
 
     Args:
-        video: path or URL of the video.
-        checkpoint: folder or Hub id of the checkpoint.
-        model: the model that saw it.
-        processor: the model's processor.
-        features: tokens, Δ and `keep_mask` of its frames.
-        metadata: numbers and times of the sampled frames, in the file.
+        video, checkpoint: path or URL of the video; folder or Hub id of the checkpoint.
+        model, processor: what was loaded from the checkpoint.
+        features: what `get_video_features` gave.
+        frame_indices: numbers, among the frames of the file, of the sampled ones.
+        timestamps, kept_frames, frame_deltas: see [`Answer`].
         seconds: how long decode, vision and compress took.
     """
 
@@ -73,55 +72,60 @@ class EncodedVideo:
     model: MambaMiaForConditionalGeneration
     processor: MambaMiaProcessor
     features: MambaMiaFeaturesOutput
-    metadata: TimedVideoMetadata
+    frame_indices: list[int]
+    timestamps: list[float]
+    kept_frames: list[int]
+    frame_deltas: list[float] | None
     seconds: dict[str, float]
 
     def ask(self, question: str, max_new_tokens: int | None = None) -> Answer:
         """Answer a question, by greedy decoding.
 
         Args:
-            question: what to ask.
+            question: what to ask; each question by itself, not as a conversation.
             max_new_tokens: where to stop; by default the checkpoint's own limit, or 256.
+
+        Raises:
+            ValueError: if the question holds the placeholder of a video.
         """
-        model, features = self.model, self.features
-        watch = _Stopwatch(model.device)
+        watch = _Stopwatch(self.model.device)
         prompt = self._prompt(question)
-        output = model.generate(
+        output = self.model.generate(
             **prompt,
-            mm_encoder_outputs={"video": features},
-            max_new_tokens=max_new_tokens or model.generation_config.max_new_tokens or MAX_NEW_TOKENS,
+            mm_encoder_outputs={"video": self.features},
+            max_new_tokens=max_new_tokens or self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS,
             do_sample=False,
             num_beams=1,
         )
         new_tokens = output[:, prompt["input_ids"].shape[1] :]
         text = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
         watch.lap("generate")
-
-        times = [round(time, 6) for time in self.metadata.timestamps]  # no container knows them better
-        kept = features.keep_mask[0].nonzero().flatten().tolist()
         return Answer(
             question=question,
             answer=text,
             video=self.video,
             model=self.checkpoint,
-            timestamps=times,
-            kept_frames=kept,
-            kept_times=[times[frame] for frame in kept],
-            frame_deltas=None if features.frame_deltas is None else _shortest(features.frame_deltas[0]),
-            video_tokens=len(features.pooler_output[0]),
-            seconds={stage: round(seconds, 6) for stage, seconds in {**self.seconds, **watch.seconds}.items()},
+            timestamps=self.timestamps,
+            kept_frames=self.kept_frames,
+            kept_times=[self.timestamps[frame] for frame in self.kept_frames],
+            frame_deltas=self.frame_deltas,
+            video_tokens=self._video_tokens,
+            seconds={**self.seconds, **watch.seconds},
         )
 
-    def _prompt(self, question: str) -> dict[str, torch.Tensor]:
+    @property
+    def _video_tokens(self) -> int:
+        return len(self.kept_frames) * self.processor.tokens_per_frame
+
+    def _prompt(self, question: str) -> dict[str, Any]:
         """The conversation as the processor makes it, with a placeholder for each token of the kept frames."""
         tokenizer, placeholder = self.processor.tokenizer, self.processor.video_token
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        content: list[dict[str, Any]] = [{"type": "video"}, {"type": "text", "text": question}]
+        conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         if text.count(placeholder) != 1:
             raise ValueError(f"the question '{question}' holds {placeholder}, which stands for a video; leave it out.")
-        text = text.replace(placeholder, placeholder * len(self.features.pooler_output[0]))
+        text = text.replace(placeholder, placeholder * self._video_tokens)
         starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         prompt = tokenizer(text, add_special_tokens=not starts, return_tensors="pt").to(self.model.device)
         return {name: prompt[name] for name in ("input_ids", "attention_mask")}
@@ -199,16 +203,27 @@ def encode_video(
     watch.lap("decode")
 
     model = _load_model(checkpoint, place, dtype)
-    selection = {"num_kept_frames": inputs.get("num_kept_frames")}
+    selection: dict[str, Any] = {"num_kept_frames": inputs["num_kept_frames"]}
     if delta_threshold is not None:
         selection = {"delta_threshold": delta_threshold, "delta_min_frames": 0}
     watch.restart()
     with torch.no_grad(), _vision_progress(model, len(frames), progress):
         patch_features = model.model.encode_frames(inputs["pixel_values_videos"][0]).last_hidden_state
         watch.lap("vision")
-        features = model.get_video_features(patch_features_videos=patch_features[None], **selection)
+        features: Any = model.get_video_features(patch_features_videos=patch_features[None], **selection)
     watch.lap("compress")
-    return EncodedVideo(video, checkpoint, model, processor, features, metadata, watch.seconds)
+    return EncodedVideo(
+        video,
+        checkpoint,
+        model,
+        processor,
+        features,
+        frame_indices=metadata.frames_indices or [],
+        timestamps=[round(time, 6) for time in metadata.timestamps],  # no container knows them better
+        kept_frames=features.keep_mask[0].nonzero().flatten().tolist(),
+        frame_deltas=None if features.frame_deltas is None else _shortest(features.frame_deltas[0]),
+        seconds=watch.seconds,
+    )
 
 
 def ask(
@@ -231,7 +246,7 @@ def ask(
     Args:
         checkpoint: folder or Hub id of a MambaMia checkpoint.
         video: path or URL of a video file, or a folder of its frames.
-        questions: what to ask; each by itself, not as a conversation.
+        questions: what to ask; each question by itself, not as a conversation.
         max_new_tokens: where answers stop; by default the checkpoint's own limit, or 256.
         options: those of [`encode_video`].
 
@@ -284,7 +299,7 @@ def _load_frame_folder(
         frame_timestamps=np.arange(len(files)) / fps,
     )
     indices = sample(metadata)
-    frames, sizes = [], {}
+    frames, sizes = [], dict[tuple[int, int], str]()
     for index in indices:
         try:
             image = load_image(str(files[index]))
@@ -310,11 +325,10 @@ def _sample_part(
     metadata: TimedVideoMetadata,
 ) -> np.ndarray:
     """The frames that the video processor samples between two times, the frame on display at `start` included."""
-    stop = metadata.duration if end is None else min(end, metadata.duration)
+    duration = float(metadata.duration or 0)
+    stop = duration if end is None else min(end, duration)
     if start >= stop:
-        raise ValueError(
-            f"the video ends after {metadata.duration:g} seconds; let the part start before, not at {start:g}."
-        )
+        raise ValueError(f"the video ends after {duration:g} seconds; start before that, not at {start:g}.")
     times = metadata.frame_timestamps
     first = max(int(np.searchsorted(times, start + 1e-3, side="right")) - 1, 0)
     times = times[first : np.searchsorted(times, stop, side="left")]
@@ -347,9 +361,10 @@ def _load_model(checkpoint: str, device: torch.device, dtype: str | None) -> Mam
             dtype = "float32" if slow else "auto"
             if slow:
                 warnings.warn(f"on this CPU {config.dtype} is slower than float32: weights are float32.", stacklevel=3)
-        model, report = MambaMiaForConditionalGeneration.from_pretrained(
+        loaded: Any = MambaMiaForConditionalGeneration.from_pretrained(
             checkpoint, config=config, dtype=dtype, output_loading_info=True
         )
+        model, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"it lacks {len(report['missing_keys'])} of the model's weights")
     return model.to(device).eval()
@@ -418,7 +433,7 @@ class _Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
-        self.seconds[stage] = now - self.start
+        self.seconds[stage] = round(now - self.start, 6)
         self.start = now
 
 

@@ -1,9 +1,11 @@
 """An untrained checkpoint, a video, and the program run in this process."""
 
+import logging
+
 import pytest
 from huggingface_hub.utils import logging as hub_logging
 from tiny_model import tiny_checkpoint
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 from video_files import write_video
 
 from mambamia_hf.cli import main
@@ -25,11 +27,13 @@ def video(tmp_path_factory):
 @pytest.fixture
 def restore_logging():
     """The program quietens the libraries for its own process, which here is that of the other tests as well."""
-    levels = [(module, module.get_verbosity()) for module in (logging, hub_logging)]
+    libav = logging.getLogger("libav")
+    levels = transformers_logging.get_verbosity(), hub_logging.get_verbosity(), libav.level
     yield
-    for module, level in levels:
-        module.set_verbosity(level)
-    logging.enable_progress_bar()
+    transformers_logging.set_verbosity(levels[0])
+    hub_logging.set_verbosity(levels[1])
+    libav.setLevel(levels[2])
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The program as a process: its exit codes, encodings, Ctrl-C, and what it answers before anything heavy is imported."""
+"""The program as a process: exit codes, encodings, Ctrl-C, and what it answers before heavy imports."""
 
 import json
 import os

@@ -54,7 +54,7 @@ def run(arguments: Namespace) -> None:
             dtype=arguments.dtype,
             progress=sys.stderr.isatty(),
         )
-        if arguments.plot is not None and encoded.features.frame_deltas is None:
+        if arguments.plot is not None and encoded.frame_deltas is None:
             raise ValueError("the checkpoint has no temporal layer and so no Δ to plot; leave out --plot.")
         answers = []
         for question in arguments.questions:

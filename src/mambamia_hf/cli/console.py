@@ -1,6 +1,7 @@
 """What the program says besides its answers: one line each, on stderr."""
 
 import io
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,12 +31,13 @@ def short_warnings() -> Iterator[None]:
 def quieten_libraries() -> None:
     """Have the libraries log errors only, and draw progress bars on a terminal only.
 
-    What matters of their warnings is an error in this program.
+    What matters of their warnings is an error in this program, as is what FFmpeg (libav) says of a file.
     """
+    logging.getLogger("libav").setLevel(logging.CRITICAL)
     from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

@@ -30,10 +30,8 @@ def run(arguments: Namespace) -> None:
 
     encoded = encode_video(BUNDLED_CHECKPOINT, video, keep_ratio=KEEP_RATIO)
     answer = encoded.ask(needle["question"])
-    config = encoded.model.config
-    frames, (rows, columns) = len(answer.timestamps), config.patch_grid()
-    patches = frames * rows * columns
-    anchors = patches // config.compressor_config.patches_per_anchor
+    frames, (rows, columns) = len(answer.timestamps), encoded.model.config.patch_grid()
+    patches, anchors = frames * rows * columns, frames * encoded.processor.tokens_per_frame
     print(f"question  {answer.question}")
     print(f"answer    {answer.answer}")
     print(f"truth     {needle['answer']} (of {', '.join(needle['options'])})")

@@ -42,18 +42,17 @@ def draw_timeline(path: str | os.PathLike[str], encoded: EncodedVideo, answers: 
     """
 
     def thumbnails(frames: list[int]) -> np.ndarray:
-        wanted = np.array([encoded.metadata.frames_indices[frame] for frame in frames])
+        wanted = np.array([encoded.frame_indices[frame] for frame in frames])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say of the file has been said
             images, _ = load_frames(encoded.video, lambda metadata: wanted, _thumbnail)
         return images.permute(0, 2, 3, 1).numpy()
 
-    first = answers[0]
     plot_timeline(
         path,
-        first.timestamps,
-        first.frame_deltas or (),
-        first.kept_frames,
+        encoded.timestamps,
+        encoded.frame_deltas or (),
+        encoded.kept_frames,
         thumbnails,
         name=Path(urlparse(encoded.video).path or encoded.video).name,
         answers=[(answer.question, answer.answer) for answer in answers],
@@ -201,7 +200,7 @@ def _draw_deltas(
     axes.set_ylim(0, 1.08 * deltas.max() or 1)
     step = next((step for step in _TICK_SECONDS if span / step <= 12), _TICK_SECONDS[-1])
     decimals = _decimals(times) if step < 1 else 0
-    axes.xaxis.set_major_locator(MultipleLocator(step) if span else FixedLocator(times))
+    axes.xaxis.set_major_locator(MultipleLocator(step) if span else FixedLocator(times.tolist()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: format_time(max(seconds, 0), decimals)))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.tick_top()  # as a ruler, out of the way of the lines from the axis to the thumbnails
