@@ -168,7 +168,28 @@ def test_ctrl_c(checkpoint, tmp_path):
     assert (process.returncode, process.stdout.read()) == (130, b"")
     assert process.stderr.read() == b"mambamia: interrupted\n"
     assert not list(tmp_path.iterdir())
-    process.stdin.close()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        pipe.close()
+
+
+def test_ctrl_c_while_loading(checkpoint, video):
+    reading, writing = os.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "ask", str(video), "Why?", "--model", str(checkpoint[0])],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=writing,
+    )
+    os.close(writing)
+    with open(reading, "rb", buffering=0) as terminal:
+        shown = b""
+        while not shown.endswith(b"loading ...\r\n"):
+            shown += terminal.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert terminal.read(4096).endswith(b"mambamia: interrupted\r\n")
+    assert process.stdout.read() == b""
+    process.stdout.close()
 
 
 def test_a_reader_who_leaves_is_no_error(checkpoint, video):
