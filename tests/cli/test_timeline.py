@@ -91,8 +91,9 @@ def test_titles_are_plain_text_and_stay_inside(tmp_path, answers):
     image = np.asarray(Image.open(path).convert("L"))
     assert (image[:200] < 128).any()
     assert (image[:, -40:] > 250).all(), "the title runs out of the picture"
-    # Titles end above the line with name and legend, which is 1.82 inches from the top.
+    # Titles end above the line with name and legend, which is 1.82 inches from the top; there the name ends in time.
     assert (image[255:260] > 250).all()
+    assert (image[260:290, 1440:1470] > 250).all()
 
 
 def test_lines_from_the_thumbnails_end_at_the_axis(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, MultipleLocator
 
 from ..files import atomic_write
@@ -26,6 +27,7 @@ MAX_QUESTIONS = 3
 _WIDTH, _HEIGHT, _DPI = 13.333, 7.5, 150
 _LEFT, _RIGHT = 0.95, 0.55
 _TITLE_TOP, _LEGEND_MIDDLE, _AXES_TOP, _STRIP_BOTTOM, _NOTE_BOTTOM = 7.3, 5.68, 5.15, 0.95, 0.3
+_TITLE_WIDTH = 8.5  # of the axes, beside the legend
 _AXES_GAP, _THUMBNAIL_GAP, _THUMBNAIL_HEIGHT = 0.55, 0.12, 1.65
 
 _INK, _MUTED, _FAINT, _KEPT = "#1b2333", "#727b8c", "#e7eaf0", "#d9480f"
@@ -162,8 +164,14 @@ def _draw_title(figure: Figure, answers: Sequence[tuple[str, str]]) -> None:
         height = (_TITLE_TOP - 1.45 * number * size / 72) / _HEIGHT
         line = _shortened(line, 110)
         text = figure.text(_LEFT / _WIDTH, height, line, color=colour, parse_math=False, size=size, weight="bold")
-        room = (_WIDTH - _LEFT - _RIGHT) * _DPI / text.get_window_extent().width
-        text.set_fontsize(size * min(1.0, room))
+        _shrink(text, _WIDTH - _LEFT - _RIGHT)
+
+
+def _shrink(text: Text, width: float) -> None:
+    """Make a text small enough for a width in inches; in steps, as width and size are not quite in proportion."""
+    for _ in range(3):
+        room = width * _DPI / text.get_window_extent().width
+        text.set_fontsize(text.get_fontsize() * min(1.0, room))
 
 
 def _wrapped(text: str) -> list[str]:
@@ -199,7 +207,7 @@ def _draw_deltas(
     axes.set_xlim(times[0] - margin, times[-1] + margin)
     axes.set_ylim(0, 1.08 * deltas.max() or 1)
     step = next((step for step in _TICK_SECONDS if span / step <= 12), _TICK_SECONDS[-1])
-    decimals = _decimals(times) if step < 1 else 0
+    decimals = int(step < 1)
     axes.xaxis.set_major_locator(MultipleLocator(step) if span else FixedLocator(times.tolist()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: format_time(max(seconds, 0), decimals)))
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -211,7 +219,8 @@ def _draw_deltas(
     axes.tick_params(colors=_MUTED, labelsize=12, length=0, pad=6)
     title = "Importance Δ of each frame" + (f" of {_shortened(name, 45)}" if name else "")
     middle = _LEGEND_MIDDLE / _HEIGHT
-    figure.text(_LEFT / _WIDTH, middle, title, size=13, color=_INK, va="center", parse_math=False)
+    text = figure.text(_LEFT / _WIDTH, middle, title, size=13, color=_INK, va="center", parse_math=False)
+    _shrink(text, _TITLE_WIDTH)
     axes.legend(
         loc="center right",
         bbox_to_anchor=(1 - _RIGHT / _WIDTH, middle),
