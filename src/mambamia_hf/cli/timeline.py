@@ -164,14 +164,14 @@ def _draw_title(figure: Figure, answers: Sequence[tuple[str, str]]) -> None:
         height = (_TITLE_TOP - 1.45 * number * size / 72) / _HEIGHT
         line = _shortened(line, 110)
         text = figure.text(_LEFT / _WIDTH, height, line, color=colour, parse_math=False, size=size, weight="bold")
-        _shrink(text, _WIDTH - _LEFT - _RIGHT)
+        _shrink(text, size, _WIDTH - _LEFT - _RIGHT)
 
 
-def _shrink(text: Text, width: float) -> None:
-    """Make a text small enough for a width in inches; in steps, as width and size are not quite in proportion."""
+def _shrink(text: Text, size: float, width: float) -> None:
+    """Make a text of a font size fit into a width in inches; in steps, as these are not quite in proportion."""
     for _ in range(3):
-        room = width * _DPI / text.get_window_extent().width
-        text.set_fontsize(text.get_fontsize() * min(1.0, room))
+        size *= min(1.0, width * _DPI / text.get_window_extent().width)
+        text.set_fontsize(size)
 
 
 def _wrapped(text: str) -> list[str]:
@@ -220,7 +220,7 @@ def _draw_deltas(
     title = "Importance Δ of each frame" + (f" of {_shortened(name, 45)}" if name else "")
     middle = _LEGEND_MIDDLE / _HEIGHT
     text = figure.text(_LEFT / _WIDTH, middle, title, size=13, color=_INK, va="center", parse_math=False)
-    _shrink(text, _TITLE_WIDTH)
+    _shrink(text, 13, _TITLE_WIDTH)
     axes.legend(
         loc="center right",
         bbox_to_anchor=(1 - _RIGHT / _WIDTH, middle),
