@@ -1,7 +1,12 @@
 """What a type checker sees of the package from outside: names are known, and wrong ones are errors."""
 
-from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaCompressorConfig, MambaMiaForConditionalGeneration, select_frames
-from mambamia_hf import typo  # type: ignore[attr-defined]  # has to be an error: mypy warns of an ignore without one
+from mambamia_hf import (
+    BUNDLED_CHECKPOINT,
+    MambaMiaCompressorConfig,
+    MambaMiaForConditionalGeneration,
+    select_frames,
+    typo,  # type: ignore[attr-defined]  # has to be an error: mypy warns of an ignore without one
+)
 
 
 folder: str = BUNDLED_CHECKPOINT

@@ -20,6 +20,10 @@ COMMAND_LINES = {
     "mambamia --help": ["--help"],
     "mambamia ask --help": ["ask", "--help"],
     "mambamia ask video.mp4 (no question)": ["ask", "video.mp4"],
+    "mambamia ask missing.mp4 Why? (no such file)": ["ask", "missing.mp4", "Why?"],
+    "mambamia ask . Why? (no images in the folder)": ["ask", ".", "Why?"],
+    "mambamia ask video.mp4 Why? --plot timeline.gif": ["ask", "video.mp4", "Why?", "--plot", "timeline.gif"],
+    "mambamia ask video.mp4 Why? --model ./missing": ["ask", "video.mp4", "Why?", "--model", "./missing"],
     "mambamia ask video.mp4 Why? --keep-ratio 2": ["ask", "video.mp4", "Why?", "--keep-ratio", "2"],
     "mambamia answer (no such command)": ["answer"],
 }

@@ -27,7 +27,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What tests/helpers/interpreted_kernels.py writes: a pair a case, the kernels' tensors and the PyTorch engine's."""
+    """Per case, the tensors of the kernels and of the PyTorch engine, from tests/helpers/interpreted_kernels.py."""
     output = tmp_path_factory.mktemp("kernels") / "results.pt"
     script = Path(__file__).parent / "helpers" / "interpreted_kernels.py"
     subprocess.run([sys.executable, script, output], check=True)

@@ -537,8 +537,20 @@ def test_placeholders_beyond_the_vocabulary(model, video):
     assert torch.equal(beyond(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_placeholders_without_media_are_an_error(video, training):
+    model = tiny_model().train(training)
+    for ids, modality in ((PROMPT, "video"), (prompt("image", [5]), "image")):
+        with pytest.raises(ValueError, match=f"{modality} placeholders and there are no {modality}s"):
+            model(ids, labels=ids)
+        with pytest.raises(ValueError, match=f"{modality} placeholders and there are no {modality}s"):
+            model.generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="video placeholders and there are no videos"):
+        model(PROMPT, video_features=video)  # no such argument
+
+
 def test_text_alone_is_the_bare_text_model(model):
-    ids = torch.tensor([[5, 6, VIDEO_TOKEN, 8, 9]])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
     bare = text_model(model)
     torch.testing.assert_close(model(ids).logits, bare(ids).logits, atol=0, rtol=0)
     arguments = {"max_new_tokens": 5, "do_sample": False}
@@ -707,7 +719,7 @@ def test_features_and_pixels_exclude_each_other(model, video):
         model.get_video_features()
     with pytest.raises(ValueError, match=r"patch_features_videos must be .num_videos, num_frames, num_patches"):
         model.get_video_features(patch_features_videos=images)
-    with pytest.raises(ValueError, match="features are 7 wide and input_size is 24"):
+    with pytest.raises(ValueError, match="input_size is 24, not .1, 2, 16, 7."):
         model.get_video_features(patch_features_videos=torch.zeros(1, 2, 16, 7))
 
 

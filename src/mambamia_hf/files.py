@@ -1,9 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -28,4 +31,45 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-__all__ = ["atomic_write"]
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` to write into, and moves it to `path` when the block succeeds.
+
+    The temporary folder is removed when the block raises, Ctrl-C included; what a killed process left is removed by
+    the next one that writes to `path`.
+
+    Args:
+        path: the folder to write, new or empty; its parents are created.
+
+    Yields:
+        The temporary folder, which has the name of `path`.
+
+    Raises:
+        ValueError: if `path` is anything else than a new or empty folder, or another process is writing it.
+    """
+    path = Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; give the name of a new one.")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(partial / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing {path}; wait for it, or give the name of a new folder."
+        ) from error
+    try:
+        folder = partial / path.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+        if path.exists():
+            path.rmdir()
+        folder.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # under the lock, so that nobody else has begun to write there
+        lock.release()
+
+
+__all__ = ["atomic_folder", "atomic_write"]

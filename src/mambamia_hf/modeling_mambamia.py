@@ -230,6 +230,14 @@ class MambaMiaModel(MambaMiaEncoderBase):
             beyond = (image_places | video_places).squeeze(-1) & (input_ids >= self.config.text_config.vocab_size)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(beyond, 0))
 
+        if inputs_embeds.shape[1] > 1:  # one token is what the language model came up with itself
+            for modality, places in (("image", image_places), ("video", video_places)):
+                if outputs.get(modality) is None and places.any():
+                    raise ValueError(
+                        f"The prompt has {int(places.sum())} {modality} placeholders and there are no {modality}s; "
+                        f"pass what the processor returns for them, or features."
+                    )
+
         token_indices = self._token_indices(video_places.squeeze(-1), attention_mask, outputs.get("video"))
         if token_indices is not None:
             length = inputs_embeds.shape[1]

@@ -2,18 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from mambamia_hf.timeline import (
-    MAX_THUMBNAILS,
-    PLOT_FORMATS,
-    check_plot_path,
-    find_cuts,
-    format_time,
-    plot_timeline,
-    thumbnail_frames,
-)
+from mambamia_hf.cli.ask import PLOT_FORMATS
+from mambamia_hf.cli.timeline import MAX_THUMBNAILS, format_time, plot_timeline, thumbnail_frames
 
 
 # Found nowhere else in the picture; the hue rises with the number.
@@ -21,19 +13,19 @@ COLOURS = [(0, 90, 60), (20, 120, 30), (60, 160, 20), (120, 200, 10), (180, 230,
 COLOURS.append((200, 0, 220))
 
 
-def draw(path, num_frames, selected_frames, height=60, width=80, seconds=1.0, **kwargs):
+def draw(path, num_frames, kept_frames, height=60, width=80, seconds=1.0, **kwargs):
     """Draws a video whose kept frames each have one of `COLOURS`, and returns the numbers of the frames shown."""
     rng = np.random.default_rng(0)
     loaded = []
 
-    def load_frames(numbers):
+    def load_thumbnails(numbers):
         loaded.append(numbers)
         images = np.empty((len(numbers), height, width, 3), dtype=np.uint8)
         images[:] = np.array(COLOURS[: len(numbers)], dtype=np.uint8)[:, None, None]
         return images
 
     plot_timeline(
-        path, seconds * np.arange(num_frames), rng.uniform(0, 1, num_frames), selected_frames, load_frames, **kwargs
+        path, seconds * np.arange(num_frames), rng.uniform(0, 1, num_frames), kept_frames, load_thumbnails, **kwargs
     )
     assert len(loaded) == 1
     return loaded[0]
@@ -50,7 +42,7 @@ def coloured_boxes(path, count):
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "selected_frames", "height", "width"),
+    ("num_frames", "kept_frames", "height", "width"),
     [
         (1, [0], 60, 80),
         (6, [1, 4], 100, 50),
@@ -59,11 +51,11 @@ def coloured_boxes(path, count):
         (384, list(range(370, 384)), 60, 80),
     ],
 )
-def test_thumbnails_stand_side_by_side_in_their_own_shape(tmp_path, num_frames, selected_frames, height, width):
+def test_thumbnails_stand_side_by_side_in_their_own_shape(tmp_path, num_frames, kept_frames, height, width):
     path = tmp_path / "timeline.png"
-    shown = draw(path, num_frames, selected_frames, height, width, question="What?", answer="This.")
-    assert set(shown) <= set(selected_frames)
-    assert len(shown) == min(len(selected_frames), MAX_THUMBNAILS)
+    shown = draw(path, num_frames, kept_frames, height, width, name="video.mp4", answers=[("What?", "This.")])
+    assert set(shown) <= set(kept_frames)
+    assert len(shown) == min(len(kept_frames), MAX_THUMBNAILS)
     boxes = coloured_boxes(path, len(shown))
     picture_width, picture_height = Image.open(path).size
     right = 0
@@ -85,22 +77,37 @@ def test_every_format_is_written(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(PLOT_FORMATS)
 
 
-def test_titles_are_plain_text_and_stay_inside(tmp_path):
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [("Is it $5, $\\frac or $x_{?" + 40 * " WORDS", 300 * "w")],
+        [("Is it $5, $\\frac or $x_{?" + 40 * " WORDS", 300 * "w"), ("Who?", "me")],
+        [("W" * 30 * number, "w" * 30 * number) for number in range(1, 9)],
+    ],
+)
+def test_titles_are_plain_text_and_stay_inside(tmp_path, answers):
     path = tmp_path / "timeline.png"
-    draw(path, 5, [2], question="Is it $5, $\\frac or $x_{?" + 40 * " WORDS", answer=300 * "w")
+    draw(path, 5, [2], name="$" + 300 * "w", answers=answers)
     image = np.asarray(Image.open(path).convert("L"))
     assert (image[:200] < 128).any()
     assert (image[:, -40:] > 250).all(), "the title runs out of the picture"
+    # Titles end above the line with name and legend, which is 1.82 inches from the top; there the name ends in time.
+    assert (image[255:260] > 250).all()
+    assert (image[260:290, 1440:1470] > 250).all()
 
 
-def test_cuts_change_the_picture(tmp_path):
-    for cuts in ([], [3]):
-        draw(tmp_path / f"{len(cuts)}.png", 8, [2], cuts=cuts)
-    images = [np.asarray(Image.open(tmp_path / f"{count}.png").convert("RGB")).astype(int) for count in (0, 1)]
-    changed = np.nonzero(abs(images[0] - images[1]).sum(axis=2).any(axis=0))[0]
-    # Frames 2 and 3 of 0 to 7 stand at 2/7 and 3/7 of the axis, the cut between them; the legend is far to the right.
-    left, right = (round(150 * inches) for inches in (0.95, 13.333 - 0.55))
-    assert abs(changed.min() - (left + (right - left) * (0.01 + 2.5 / 7) / 1.02)) < 4
+def test_lines_from_the_thumbnails_end_at_the_axis(tmp_path):
+    path = tmp_path / "timeline.png"
+    draw(path, 9, [0, 4, 8])
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    reddish = (image[..., 0] - image[..., 2] > 60) & (image[..., 1] < 215)
+    boxes = coloured_boxes(path, 3)
+    axis = max(row for row in range(boxes[0][1]) if (image[row, 200:1900] < 215).all(axis=1).mean() > 0.8)
+    # Where each line leaves the axis: at 0, a half and all of the time, which fills 1 / 1.02 of the axis.
+    left, width = 150 * 0.95, 150 * (13.333 - 0.95 - 0.55)
+    for share in (0, 0.5, 1):
+        column = round(left + width * (0.01 + share) / 1.02)
+        assert reddish[axis + 2, column - 8 : column + 9].any()
 
 
 def test_thumbnails_are_the_frames_of_the_largest_delta():
@@ -113,52 +120,12 @@ def test_thumbnails_are_the_frames_of_the_largest_delta():
     assert thumbnail_frames(deltas, [3, 4]) == [3, 4]
 
 
-def test_cuts_are_where_the_picture_changes_at_once():
-    rng = torch.Generator().manual_seed(0)
-    first, second = torch.rand(2, 1, 3, 8, 8, generator=rng).repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2)
-    shots = torch.cat([first.repeat(6, 1, 1, 1), second.repeat(6, 1, 1, 1)])
-    assert find_cuts(shots) == [6]
-    fading = torch.lerp(first, second, torch.linspace(0, 1, 40).view(-1, 1, 1, 1))
-    assert find_cuts(fading) == []
-    restless = torch.rand(20, 3, 8, 8, generator=rng)
-    assert find_cuts(restless) == []
-    assert find_cuts(first) == []
-
-
 @pytest.mark.parametrize(
     ("seconds", "decimals", "text"),
     [(0, 0, "0:00"), (59.6, 0, "1:00"), (61.25, 1, "1:01.2"), (3599.96, 1, "1:00:00.0"), (5025, 0, "1:23:45")],
 )
 def test_times(seconds, decimals, text):
     assert format_time(seconds, decimals) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("plot.gif", "suffix"),
-        ("plot", "suffix"),
-        ("missing/plot.png", "no folder"),
-        ("taken.png", "a folder in the place"),
-        ("text.txt/plot.png", "no folder"),
-    ],
-)
-def test_impossible_paths_are_refused_before_any_work(tmp_path, name, message):
-    (tmp_path / "taken.png").mkdir()
-    (tmp_path / "text.txt").write_text("")
-    with pytest.raises(ValueError, match=message):
-        check_plot_path(tmp_path / name)
-    with pytest.raises(ValueError, match=message):
-        plot_timeline(tmp_path / name, [0.0], [1.0], [0], load_frames=None)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["taken.png", "text.txt"]
-
-
-def test_a_good_path_is_left_untouched(tmp_path):
-    path = tmp_path / "timeline.PNG"
-    assert check_plot_path(path) == path
-    assert not list(tmp_path.iterdir())
-    path.write_text("of before")
-    assert check_plot_path(path).read_text() == "of before"
 
 
 @pytest.mark.parametrize("images", [np.zeros((1, 4, 4, 7)), np.full((1, 4, 4, 3), "text")])
@@ -175,6 +142,6 @@ def test_a_failure_leaves_the_old_picture(tmp_path, images):
     ("timestamps", "deltas", "selected"), [([0.0], [0.1, 0.2], [0]), ([], [], []), ([0.0], [0.1], []), ([0], [1], [1])]
 )
 def test_lists_that_do_not_fit_are_refused(tmp_path, timestamps, deltas, selected):
-    with pytest.raises(ValueError, match="timestamps|selected_frames"):
-        plot_timeline(tmp_path / "timeline.png", timestamps, deltas, selected, load_frames=None)
+    with pytest.raises(ValueError, match="timestamps|kept_frames"):
+        plot_timeline(tmp_path / "timeline.png", timestamps, deltas, selected, load_thumbnails=None)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,9 @@
+"""`python -m mambamia_hf` is the program `mambamia`."""
+
+import sys
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

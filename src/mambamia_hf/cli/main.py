@@ -1,0 +1,160 @@
+"""The program's commands and options, and its exit codes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from . import arguments, ask, demo
+from .console import escape_unprintable, say, short_warnings
+
+
+# Of each argument its name and its settings; those under one heading other than "" exclude each other.
+Options = dict[str, dict[str, dict[str, Any]]]
+
+ASK: Options = {
+    "": {
+        "video": {
+            "metavar": "VIDEO",
+            "type": arguments.text,
+            "help": "a video file, its URL, a folder of its frames as images, or - for standard input",
+        },
+        "questions": {
+            "metavar": "QUESTION",
+            "type": arguments.text,
+            "nargs": "+",
+            "help": "what to ask about it; several questions are answered one by one, for the price of one video",
+        },
+        "--model": {
+            "metavar": "DIR_OR_HUB_ID",
+            "type": arguments.text,
+            "help": "a MambaMia checkpoint; without it the small bundled one, which knows shapes, digits and colours",
+        },
+        "--start": {
+            "metavar": "TIME",
+            "type": arguments.seconds,
+            "default": 0.0,
+            "help": "look at the video from here on, in seconds or h:mm:ss",
+        },
+        "--end": {
+            "metavar": "TIME",
+            "type": arguments.seconds,
+            "help": "look at the video until here, in seconds or h:mm:ss",
+        },
+        "--seek-mode": {
+            "choices": ("exact", "keyframe"),
+            "help": "take the sampled frames, or the key frames nearest to them, which is faster (default: exact, or "
+            "as the checkpoint says)",
+        },
+        "--device": {"type": arguments.device, "help": "where to compute, e.g. cpu or cuda:1 (default: a GPU if any)"},
+        "--dtype": {
+            "choices": ("float32", "bfloat16", "float16"),
+            "help": "type of the weights (default: the checkpoint's; float32 on a CPU that is faster with it)",
+        },
+        "--max-new-tokens": {
+            "metavar": "N",
+            "type": arguments.whole_number,
+            "help": "end answers after N tokens (default: as the checkpoint says, or 256)",
+        },
+        "--plot": {"metavar": "FILE", "help": "draw Δ over time and the kept frames, as .png, .svg, .pdf ..."},
+        "--json": {
+            "action": "store_true",
+            "help": "print a JSON object per question, each on a line of its own, with all that was measured",
+        },
+    },
+    "which frames are sampled": {
+        "--num-frames": {
+            "metavar": "N",
+            "type": arguments.whole_number,
+            "help": "sample N frames, evenly, or all if there are fewer (default: as --fps, at most 384)",
+        },
+        "--fps": {
+            "metavar": "R",
+            "type": arguments.rate,
+            "help": "sample R frames per second, at most as many as the checkpoint allows (default: 2, or as the "
+            "checkpoint says); images in a folder count as R per second",
+        },
+    },
+    "which sampled frames the language model reads": {
+        "--keep-frames": {
+            "metavar": "K",
+            "type": arguments.whole_number,
+            "help": "keep the K frames that matter most",
+        },
+        "--keep-ratio": {"metavar": "R", "type": arguments.share, "help": "keep this share of the frames, e.g. 0.5"},
+        "--delta-threshold": {
+            "metavar": "X",
+            "type": arguments.threshold,
+            "help": "keep a frame each time Δ has added up to X",
+        },
+        "--keep-all": {
+            "dest": "delta_threshold",
+            "action": "store_const",
+            "const": 0.0,
+            "help": "keep every sampled frame",
+        },
+    },
+}
+DEMO: Options = {
+    "": {
+        "--output": {
+            "metavar": "FOLDER",
+            "type": arguments.text,
+            "default": "mambamia_demo",
+            "help": "where to put video and picture (default: mambamia_demo)",
+        },
+    },
+}
+# Of each command its function, its options, and what it does.
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Options, str]] = {
+    "ask": (ask.run, ASK, "ask about a video"),
+    "demo": (demo.run, DEMO, "ask about a small video with something hidden in it, and draw a picture of the answer"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Returns:
+        The exit code: 0; 2 after bad input, of which one line on stderr says what is wrong; 130 after Ctrl-C; 1 where
+        nobody reads the output any more.
+    """
+    escape_unprintable()
+    try:
+        given = _build_parser().parse_args(argv)
+        with short_warnings():
+            given.run(given)
+    except BrokenPipeError:
+        # Python would complain of the same when it flushes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mambamia", description="Answers questions about videos of up to hours.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mambamia {__version__}")
+    names = "{" + ",".join(COMMANDS) + "}"
+    commands = parser.add_subparsers(title="commands", required=True, metavar=names)
+    for name, (run, options, purpose) in COMMANDS.items():
+        description = f"{purpose[0].upper()}{purpose[1:]}."
+        command = commands.add_parser(name, help=purpose, description=description, allow_abbrev=False)
+        command.set_defaults(run=run)
+        for heading, group in options.items():
+            target = command.add_argument_group(heading).add_mutually_exclusive_group() if heading else command
+            for option, settings in group.items():
+                target.add_argument(option, **settings)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mambamia: error: {message}; see {self.prog} --help.\n")
