@@ -101,7 +101,7 @@ def torchcodec(path: Path, indices: np.ndarray) -> tuple[torch.Tensor, list[int]
 
 
 def seek_loop(path: Path, indices: np.ndarray) -> tuple[torch.Tensor, list[int]]:
-    "What one writes by hand: seeks before each time, decodes up to it."
+    """What one writes by hand: seeks before each time, decodes up to it."""
     frames = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -119,7 +119,7 @@ def seek_loop(path: Path, indices: np.ndarray) -> tuple[torch.Tensor, list[int]]
 def contestants(key: str) -> dict[str, Callable[[Path, np.ndarray], tuple[torch.Tensor, list[int]]]]:
     named = {
         EXACT: ours,
-        KEY_FRAMES: functools.partial(ours, seek="keyframe"),
+        KEY_FRAMES: functools.partial(ours, seek_mode="keyframe"),
         "torchcodec, exact": torchcodec,
         "PyAV seek loop": seek_loop,
         READER: functools.partial(transformers_reader, "pyav"),
@@ -132,7 +132,7 @@ def contestants(key: str) -> dict[str, Callable[[Path, np.ndarray], tuple[torch.
 
 
 def right_frames(frames: torch.Tensor, expected: torch.Tensor) -> int:
-    "How many frames are those expected, up to the rounding of different colour conversions."
+    """How many frames are those expected, up to the rounding of different colour conversions."""
     pairs = zip(frames, expected, strict=True)
     return sum((frame.float() - other.float()).abs().mean().item() < 1.5 for frame, other in pairs)
 
@@ -199,7 +199,7 @@ def draw(rows: list[dict]):
 
 
 def results_so_far() -> list[dict]:
-    "The rows of an earlier run, if it was on the same machine."
+    """The rows of an earlier run, if it was on the same machine."""
     path = RESULTS / "decoding.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     return results["rows"] if results.get("machine") == machine() else []

@@ -1,7 +1,12 @@
+import contextlib
 import functools
+import gc
 import http.server
 import io
+import multiprocessing
+import os
 import threading
+import time
 import tracemalloc
 import warnings
 
@@ -23,8 +28,8 @@ from video_files import (
     write_video,
 )
 
-from mambamia_hf import video_decoding
-from mambamia_hf.video_decoding import decode_video
+from mambamia_hf import video_decoder, video_decoding
+from mambamia_hf.video_decoding import VideoReader, decode_video
 
 
 class RecordingHandler(http.server.SimpleHTTPRequestHandler):
@@ -49,8 +54,8 @@ def pick(*indices):
     return lambda metadata: np.array(indices)
 
 
-def every(step):
-    return lambda metadata: np.arange(0, metadata.total_num_frames, step)
+def each(stride):
+    return lambda metadata: np.arange(0, metadata.total_num_frames, stride)
 
 
 @pytest.fixture
@@ -116,7 +121,7 @@ class TestContainers:
         with av.open(str(container_file)) as container:
             keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
         assert len(keys) >= 4
-        frames, metadata = decode_video(container_file, pick(3, 12, 24, 39), seek="keyframe")
+        frames, metadata = decode_video(container_file, pick(3, 12, 24, 39), seek_mode="keyframe")
         nearest = [min(keys, key=lambda key: abs(key - index)) for index in (3, 12, 24, 39)]
         assert read_numbers(frames) == metadata.frames_indices == nearest
         assert metadata.timestamps == pytest.approx([number / 10 for number in nearest], abs=1e-3)
@@ -141,13 +146,13 @@ def test_order_and_repetitions_are_kept(tmp_path):
 def decoded(monkeypatch):
     """What the decoder gets and gives while the test runs: pairs of a packet and the frames that come out with it."""
     pairs = []
-    decode_packet = video_decoding._decode_packet
+    decode_packet = video_decoder.Decoder._decode_packet
 
-    def record(stream, packet):
-        pairs.append((packet, decode_packet(stream, packet)))
+    def record(decoder, packet):
+        pairs.append((packet, decode_packet(decoder, packet)))
         return pairs[-1][1]
 
-    monkeypatch.setattr(video_decoding, "_decode_packet", record)
+    monkeypatch.setattr(video_decoder.Decoder, "_decode_packet", record)
     return pairs
 
 
@@ -192,7 +197,7 @@ def test_a_file_that_cannot_be_entered_in_the_middle(tmp_path):
 
 def test_variable_frame_rate(tmp_path):
     times = [0.0, 0.1, 0.2, 1.7, 1.75, 1.8, 4.0, 4.5, 4.6]
-    frames, metadata = decode_video(write_video(tmp_path / "v.mp4", num_frames=9, times=times), every(2))
+    frames, metadata = decode_video(write_video(tmp_path / "v.mp4", num_frames=9, times=times), each(2))
     assert read_numbers(frames) == [0, 2, 4, 6, 8]
     assert metadata.timestamps == pytest.approx(times[::2])
     assert metadata.frame_timestamps == pytest.approx(times)
@@ -227,7 +232,7 @@ def test_refresh_bit_by_bit(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_numbers(decode_video(path, pick(10, 11, 22, 39))[0]) == [10, 11, 22, 39]
-        assert read_numbers(decode_video(path, pick(12, 22, 32), seek="keyframe")[0]) == [10, 20, 30]
+        assert read_numbers(decode_video(path, pick(12, 22, 32), seek_mode="keyframe")[0]) == [10, 20, 30]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
@@ -248,21 +253,21 @@ def test_colours(tmp_path):
 def test_transform_equals_resizing_afterwards(tmp_path):
     path = write_video(tmp_path / "v.mp4")
     resize = functools.partial(tvF.resize, size=[20, 30], interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
-    small, metadata = decode_video(path, every(3), transform=resize)
-    large, _ = decode_video(path, every(3))
+    small, metadata = decode_video(path, each(3), transform=resize)
+    large, _ = decode_video(path, each(3))
     assert torch.equal(small, resize(large))
     assert (metadata.height, metadata.width) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize(("seek", "wanted"), [("exact", range(30)), ("keyframe", [0, 0, 10, 10, 10, 20] * 5)])
-def test_memory_is_that_of_the_transformed_frames(tmp_path, set_threads, threads, seek, wanted):
+@pytest.mark.parametrize(("seek_mode", "wanted"), [("exact", range(30)), ("keyframe", [0, 0, 10, 10, 10, 20] * 5)])
+def test_memory_is_that_of_the_transformed_frames(tmp_path, set_threads, threads, seek_mode, wanted):
     images = [draw_number(number, height=240, width=320) for number in range(30)]
     path = write_video(tmp_path / "v.mp4", images=images)
     set_threads(threads)
     decode_video(path, pick(0))
     tracemalloc.start()
-    frames, _ = decode_video(path, pick(*wanted), transform=lambda frame: frame[:, ::4, ::4], seek=seek)
+    frames, _ = decode_video(path, pick(*wanted), transform=lambda frame: frame[:, ::4, ::4], seek_mode=seek_mode)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert read_numbers(frames) == list(wanted)
@@ -294,13 +299,146 @@ def test_times_that_start_again(tmp_path):
     frames, metadata = decode_video(path, pick(7, 12, 25, 36))
     assert read_numbers(frames) == [7, 12, 25, 36]
     assert metadata.timestamps == pytest.approx([0.7, 1.2, 2.5, 3.6])
-    assert read_numbers(decode_video(path, pick(2, 7), seek="keyframe")[0]) == [0, 10]
+    assert read_numbers(decode_video(path, pick(2, 7), seek_mode="keyframe")[0]) == [0, 10]
+
+
+class TestReader:
+    def test_frames_at(self, tmp_path):
+        with VideoReader(write_video(tmp_path / "v.mp4")) as reader:
+            assert len(reader) == reader.metadata.total_num_frames == 40
+            for indices in ([3, 25], [39], [30, 2, 2, 17]):
+                batch = reader.frames_at(indices)
+                assert read_numbers(batch.data) == batch.indices == indices
+                assert batch.timestamps == pytest.approx([index / 10 for index in indices])
+                assert len(batch) == len(indices)
+
+    def test_frames_shown_at(self, tmp_path):
+        times = [0.0, 0.1, 0.2, 1.7, 1.75, 1.8, 4.0, 4.5, 4.6]
+        with VideoReader(write_video(tmp_path / "v.mp4", num_frames=9, times=times)) as reader:
+            batch = reader.frames_shown_at([4.4, 0.0, 0.15, 1.69, 1.7])
+            assert read_numbers(batch.data) == batch.indices == [6, 0, 1, 2, 3]
+            assert batch.timestamps == pytest.approx([4.0, 0.0, 0.1, 0.2, 1.7])
+            assert reader.frames_shown_at(1.76).indices == [4]
+            for outside in (-0.1, reader.metadata.duration, float("nan")):
+                with pytest.raises(ValueError, match=r"v\.mp4' shows nothing at .* ask for times from 0 to below \d"):
+                    reader.frames_shown_at([0.0, outside])
+
+    def test_transform_and_progress(self, tmp_path, capsys):
+        with VideoReader(write_video(tmp_path / "v.mp4")) as reader:
+            batch = reader.frames_shown_at([0.3], transform=lambda frame: frame[:, ::2, ::2], progress=True)
+        assert batch.data.shape == (1, 3, HEIGHT // 2, WIDTH // 2) and read_numbers(batch.data) == [3]
+        assert "1/1" in capsys.readouterr().err
+
+    def test_key_frames(self, tmp_path):
+        with VideoReader(write_video(tmp_path / "v.mp4"), seek_mode="keyframe") as reader:
+            assert read_numbers(reader.frames_at([3, 12]).data) == [0, 10]
+            assert reader.frames_shown_at([2.4, 3.9]).indices == [20, 30]
+
+    def test_the_file_is_indexed_once(self, tmp_path, monkeypatch):
+        scanned = []
+        read_index = video_decoding.read_index
+        monkeypatch.setattr(video_decoding, "read_index", lambda *args: scanned.append(args) or read_index(*args))
+        with VideoReader(write_video(tmp_path / "v.mp4")) as reader:
+            reader.frames_at([3])
+            reader.frames_shown_at([2.0])
+        assert len(scanned) == 1
+
+    def test_size_is_that_of_upright_frames(self, tmp_path):
+        with VideoReader(write_rotated_video(tmp_path / "v.mp4", 1)) as reader:
+            reader.frames_at([0])
+            assert (reader.metadata.height, reader.metadata.width) == (HEIGHT, WIDTH)
+
+    @pytest.mark.parametrize("is_readable", [True, False])
+    def test_temporary_files_are_gone(self, tmp_path, monkeypatch, server, is_readable):
+        path = write_video(tmp_path / "v.mp4")
+        if not is_readable:
+            path.write_bytes(b"no video" * 1000)
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), f"{server.address}/v.mp4"):
+            with contextlib.nullcontext() if is_readable else pytest.raises(ValueError, match="cannot be read"):
+                with VideoReader(source) as reader:
+                    assert len(list(temporary.iterdir())) == 1
+                    assert read_numbers(reader.frames_at([3]).data) == [3]
+            assert list(temporary.iterdir()) == []
+
+
+def fail(frame):
+    raise ZeroDivisionError
+
+
+def num_threads():
+    """Those of FFmpeg included, where the system tells (Linux)."""
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) if os.path.exists(tasks) else threading.active_count()
+
+
+def decode_and_collect(path):
+    """What a worker of a data loader does first; it ends with 0 if the frames are right."""
+    gc.collect()
+    frames, _ = decode_video(path, pick(3, 25))
+    raise SystemExit(read_numbers(frames) != [3, 25])
+
+
+class TestNothingOutlivesACall:
+    """A thread of a decoder or scaler does not exist in a forked child, which waits for its end for ever."""
+
+    @pytest.fixture(params=["success", "transform that raises", "container that cannot be entered", "damaged"])
+    def decoded_before(self, request, tmp_path, set_threads):
+        set_threads(4)
+        before = num_threads()
+        error = None
+        if request.param == "success":
+            decode_video(write_video(tmp_path / "a.mp4"), pick(5, 25))
+        elif request.param == "transform that raises":
+            with pytest.raises(ZeroDivisionError) as error:
+                decode_video(write_video(tmp_path / "a.mp4"), transform=fail)
+        elif request.param == "container that cannot be entered":
+            decode_video(write_video(tmp_path / "a.avi"), pick(5, 25))
+            decode_video(write_video(tmp_path / "a.mjpeg", codec="mjpeg", codec_options={"strict": "-1"}), pick(5))
+        else:
+            path = blank_frames(write_video(tmp_path / "a.mp4"), range(10, 20))
+            with pytest.warns(UserWarning):
+                decode_video(path, pick(5, 15))
+        yield before
+        del error  # a notebook keeps it, too
+
+    def test_threads(self, decoded_before):
+        # The system may list a thread for a moment after it has ended.
+        deadline = time.monotonic() + 10
+        while num_threads() > decoded_before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert num_threads() <= decoded_before
+
+    @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork here")
+    @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that forking with threads may hang
+    def test_forked_children(self, tmp_path, decoded_before):
+        assert self.ends_well("fork", write_video(tmp_path / "v.mp4"))
+
+    @pytest.mark.parametrize("method", sorted({*multiprocessing.get_all_start_methods()} - {"fork"}))
+    def test_fresh_children(self, tmp_path, method):
+        path = write_video(tmp_path / "v.mp4")
+        decode_video(path, pick(5))
+        assert self.ends_well(method, path)
+
+    def ends_well(self, method, path):
+        child = multiprocessing.get_context(method).Process(target=decode_and_collect, args=(path,))
+        child.start()
+        child.join(120)
+        child.kill()
+        return child.exitcode == 0
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="only Linux lists open files there")
+    def test_files_are_closed(self, decoded_before):
+        open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert not [name for name in open_files if os.path.basename(name).startswith("a.")]
 
 
 class TestKeyFrames:
     def test_only_they_are_decoded(self, tmp_path, decoded):
         path = write_video(tmp_path / "v.mp4")
-        frames, metadata = decode_video(path, pick(3, 8, 16, 39), seek="keyframe")
+        frames, metadata = decode_video(path, pick(3, 8, 16, 39), seek_mode="keyframe")
         assert read_numbers(frames) == metadata.frames_indices == [0, 10, 20, 30]
         assert metadata.total_num_frames == 40
         assert len([packet for packet, _ in decoded if packet is not None]) == 4
@@ -308,7 +446,7 @@ class TestKeyFrames:
     def test_too_few_are_repeated(self, tmp_path):
         path = write_video(tmp_path / "v.mp4", key_every=20)
         with pytest.warns(UserWarning, match="2 of them stand for the 8 sampled frames"):
-            frames, metadata = decode_video(path, every(5), seek="keyframe")
+            frames, metadata = decode_video(path, each(5), seek_mode="keyframe")
         assert read_numbers(frames) == metadata.frames_indices == [0, 0, 0, 20, 20, 20, 20, 20]
         assert metadata.timestamps == pytest.approx([0, 0, 0, 2, 2, 2, 2, 2])
 
@@ -316,39 +454,41 @@ class TestKeyFrames:
         path = write_video(tmp_path / "v.mp4")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            frames, _ = decode_video(path, pick(33, 2, 2, 11), seek="keyframe")
+            frames, _ = decode_video(path, pick(33, 2, 2, 11), seek_mode="keyframe")
         assert read_numbers(frames) == [30, 0, 0, 10]
 
     def test_nearest_in_time_at_a_variable_frame_rate(self, tmp_path):
         times = [0.0, 0.1, 0.2, 0.3, 4.0, 4.1, 4.2, 9.0, 9.1, 9.2]
         path = write_video(tmp_path / "v.mp4", num_frames=10, times=times, key_every=4, codec_options={"bf": "0"})
         # Key frames are 0, 4 and 8, at 0, 4 and 9.1 seconds.
-        frames, metadata = decode_video(path, pick(3, 6, 7), seek="keyframe")
+        frames, metadata = decode_video(path, pick(3, 6, 7), seek_mode="keyframe")
         assert read_numbers(frames) == [0, 4, 8]
         assert metadata.timestamps == pytest.approx([0.0, 4.0, 9.1])
 
     def test_hidden_ones_are_not_taken(self, tmp_path):
         path = write_video(tmp_path / "v.mp4", start=-0.5)
-        frames, metadata = decode_video(path, pick(0, 20), seek="keyframe")
+        frames, metadata = decode_video(path, pick(0, 20), seek_mode="keyframe")
         assert read_numbers(frames) == [10, 20]
         assert metadata.timestamps == pytest.approx([0.5, 1.5])
 
     def test_one_frame(self, tmp_path):
         path = write_video(tmp_path / "v.mp4", num_frames=1)
-        for seek in ("exact", "keyframe"):
-            frames, metadata = decode_video(path, seek=seek)
+        for seek_mode in ("exact", "keyframe"):
+            frames, metadata = decode_video(path, seek_mode=seek_mode)
             assert read_numbers(frames) == [0] and metadata.timestamps == [0.0]
 
     def test_none(self, tmp_path):
         content = write_video(tmp_path / "v.ts", num_frames=80, key_every=80).read_bytes()
         (tmp_path / "v.ts").write_bytes(content[len(content) // 2 // 188 * 188 :])
-        with pytest.raises(ValueError, match=r"v\.ts' marks none of its frames as a key frame: pass `seek='exact'`"):
-            decode_video(tmp_path / "v.ts", pick(5), seek="keyframe")
+        with pytest.raises(ValueError, match=r"No frame of .*v\.ts' can be decoded"):
+            decode_video(tmp_path / "v.ts", pick(5), seek_mode="keyframe")
 
-    @pytest.mark.parametrize("seek", ["nearest", "", None])
-    def test_unknown_mode(self, tmp_path, seek):
-        with pytest.raises(ValueError, match=rf"`seek={seek!r}` is no way to find frames: use 'exact' or 'keyframe'"):
-            decode_video(write_video(tmp_path / "v.mp4"), seek=seek)
+    @pytest.mark.parametrize("seek_mode", ["nearest", "", None])
+    def test_unknown_mode(self, tmp_path, seek_mode):
+        with pytest.raises(
+            ValueError, match=rf"`seek_mode={seek_mode!r}` is no way to find frames: use 'exact' or 'keyframe'"
+        ):
+            decode_video(write_video(tmp_path / "v.mp4"), seek_mode=seek_mode)
 
 
 class TestThreads:
@@ -364,24 +504,21 @@ class TestThreads:
     )
     def test_as_many_as_pytorch_uses(self, tmp_path, monkeypatch, set_threads, threads, indices, decoders):
         path = write_video(tmp_path / "v.mp4")
-        open_video, opened = video_decoding._open_video, []
+        decoder, opened = video_decoding.Decoder, []
 
-        def record(path, name, threads=None):
+        def record(path, name, limits, threads, stop):
             opened.append(threads)
-            return open_video(path, name) if threads is None else open_video(path, name, threads)
+            return decoder(path, name, limits, threads, stop)
 
-        monkeypatch.setattr(video_decoding, "_open_video", record)
+        monkeypatch.setattr(video_decoding, "Decoder", record)
         set_threads(threads)
         assert read_numbers(decode_video(path, pick(*indices))[0]) == list(indices)
-        assert opened == [None, *decoders]
+        assert opened == decoders
 
     def test_they_end_with_an_error(self, tmp_path, set_threads):
         path = write_video(tmp_path / "v.mp4")
         set_threads(4)
         before = threading.active_count()
-
-        def fail(frame):
-            raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
             decode_video(path, transform=fail)
@@ -495,7 +632,7 @@ class TestBadFiles:
 
     def test_destroyed(self, tmp_path):
         path = blank_frames(write_video(tmp_path / "v.mp4"), range(40))
-        with pytest.raises(ValueError, match="None of the 2 sampled frames"):
+        with pytest.raises(ValueError, match="No frame of .* can be decoded"):
             decode_video(path, pick(5, 15))
 
     @pytest.mark.parametrize("indices", [[40], [-1, 3]])
@@ -508,5 +645,5 @@ class TestBadFiles:
             decode_video(write_video(tmp_path / "v.mp4"), pick())
 
     def test_not_a_source(self):
-        with pytest.raises(ValueError, match="None is not a video"):
+        with pytest.raises(ValueError, match="type NoneType is not a video"):
             decode_video(None)

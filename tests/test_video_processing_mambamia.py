@@ -100,7 +100,7 @@ class TestSampling:
 
     def test_key_frames(self, processor, path):
         # The middles of six seconds are 0.5, 1.5, ..., of which the frames 5, 15, ... are on display.
-        output = processor(path, num_frames=6, seek="keyframe", return_tensors="pt", return_metadata=True)
+        output = processor(path, num_frames=6, seek_mode="keyframe", return_tensors="pt", return_metadata=True)
         metadata = output.video_metadata[0]
         assert read_numbers(output.pixel_values_videos[0] * 127.5 + 127.5) == [0, 10, 20, 30, 40, 50]
         assert metadata.frames_indices == [0, 10, 20, 30, 40, 50]
@@ -108,18 +108,16 @@ class TestSampling:
 
     def test_number_of_frames_is_kept_where_key_frames_are_rare(self, processor, path):
         with pytest.warns(UserWarning, match="6 of them stand for the 12 sampled frames"):
-            output = processor(path, seek="keyframe", return_tensors="pt", return_metadata=True)
+            output = processor(path, seek_mode="keyframe", return_tensors="pt", return_metadata=True)
         assert output.frame_mask.tolist() == [[True] * 12]
         numbers = read_numbers(output.pixel_values_videos[0] * 127.5 + 127.5)
         assert numbers == output.video_metadata[0].frames_indices == sorted(numbers)
         assert set(numbers) == {0, 10, 20, 30, 40, 50}
 
     def test_key_frames_through_a_chat(self, path):
-        processor = MambaMiaProcessor(
-            SiglipImageProcessor(), tiny_tokenizer(), MambaMiaVideoProcessor(**SMALL), num_frame_tokens=2
-        )
+        processor = MambaMiaProcessor(SiglipImageProcessor(), tiny_tokenizer(), MambaMiaVideoProcessor(**SMALL))
         chat = [{"role": "user", "content": [{"type": "video", "path": path}]}]
-        kwargs = {"num_frames": 4, "seek": "keyframe"}
+        kwargs = {"num_frames": 4, "seek_mode": "keyframe"}
         expected = processor.video_processor(path, return_tensors="pt", **kwargs)
         for processor_kwargs in ({**kwargs, "return_metadata": True}, {"videos_kwargs": kwargs}):
             inputs = processor.apply_chat_template(
@@ -133,7 +131,7 @@ class TestSampling:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"seek": "nearest"}, "`seek='nearest'` is no way to find frames"),
+            ({"seek_mode": "nearest"}, "`seek_mode='nearest'` is no way to find frames"),
             ({"num_frames": 0}, "`num_frames=0` cannot be sampled from a video of 60 frames"),
             ({"num_frames": 61}, "`num_frames=61` cannot be sampled from a video of 60 frames"),
             ({"num_frames": 4, "fps": 1}, "mutually exclusive"),
@@ -273,18 +271,24 @@ class TestUse:
             processor(path, progress=True)
         assert "12/12" in capsys.readouterr().err
 
+    def test_sound_is_ignored(self, processor, path):
+        expected = processor(path, return_tensors="pt").pixel_values_videos
+        output = processor(path, load_audio_from_video=True, return_tensors="pt")
+        assert set(output) == {"pixel_values_videos", "frame_mask"}
+        assert torch.equal(output.pixel_values_videos, expected)
+
     def test_save_and_load(self, tmp_path):
-        processor = MambaMiaVideoProcessor(num_frames=16, fps=1.5, seek="keyframe", **SMALL)
+        processor = MambaMiaVideoProcessor(num_frames=16, fps=1.5, seek_mode="keyframe", **SMALL)
         processor.save_pretrained(tmp_path)
         loaded = AutoVideoProcessor.from_pretrained(tmp_path)
         assert type(loaded) is MambaMiaVideoProcessor
         assert loaded.to_dict() == processor.to_dict()
-        assert (loaded.num_frames, loaded.fps, loaded.seek) == (16, 1.5, "keyframe")
+        assert (loaded.num_frames, loaded.fps, loaded.seek_mode) == (16, 1.5, "keyframe")
 
     def test_fetch_videos(self, processor, path):
         frames, metadata = processor.fetch_videos(path, processor.sample_frames)
         assert frames.shape == (12, 3, 48, 64) and metadata.total_num_frames == 60
         frames, metadata = processor.fetch_videos([path, path])
         assert [video.shape[0] for video in frames] == [60, 60] and len(metadata) == 2
-        frames, metadata = processor.fetch_videos(path, lambda metadata: np.array([12, 38]), seek="keyframe")
+        frames, metadata = processor.fetch_videos(path, lambda metadata: np.array([12, 38]), seek_mode="keyframe")
         assert read_numbers(frames) == metadata.frames_indices == [10, 40]

@@ -214,6 +214,8 @@ class MambaMiaConfig(PreTrainedConfig):
         image_token_id (`int`, defaults to 151655): placeholder of an image's tokens in the prompt.
         video_token_id (`int`, defaults to 151656): placeholder of a video's tokens in the prompt.
         vision_feature_layer (`int`, defaults to -2): which hidden state of the vision tower is taken.
+        vision_feature_norm (`bool`, defaults to `False`): whether the tower's final layer norm follows, as in
+            checkpoints of the authors' code, whose towers end at the layer that is taken.
         end_of_frame (`bool`, defaults to `False`): whether a learned vector follows the anchors of each frame.
         vision_batch_size (`int`, defaults to 16): frames that go through the vision tower at once.
         delta_threshold (`float`, *optional*, defaults to 0.6): a frame is kept each time the accumulated Δ reaches it
@@ -257,6 +259,7 @@ class MambaMiaConfig(PreTrainedConfig):
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_feature_layer: int = -2
+    vision_feature_norm: bool = False
     end_of_frame: bool = False
     vision_batch_size: int = 16
     delta_threshold: float | int | None = 0.6
@@ -278,6 +281,18 @@ class MambaMiaConfig(PreTrainedConfig):
         self.compressor_config.output_size = self.text_config.hidden_size
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.validate_architecture()
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As any configuration's; refuses a checkpoint in the layout of the authors' code, naming the converter."""
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        model_type = str(config_dict.get("model_type", ""))
+        if model_type.startswith("llava") or config_dict.keys() & {"mm_vision_tower", "mm_projector_type"}:
+            raise ValueError(
+                f"This is a checkpoint in the layout of the authors' code (model_type={model_type!r}); convert it "
+                f"first: python -m mambamia_hf.convert SRC DST."
+            )
+        return config_dict, unused
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "MambaMiaConfig":
@@ -347,6 +362,11 @@ class MambaMiaConfig(PreTrainedConfig):
         super().validate_architecture()
         self.vision_layer(self.vision_feature_layer)
         self.tokens_per_frame()  # raises where the patches are not a whole number of rows
+        if self.vision_feature_norm and getattr(self.vision_config, "hidden_sizes", None):
+            raise ValueError(
+                f"vision_feature_norm=True needs a vision tower with a final layer norm, and "
+                f"{self.vision_config.model_type} has feature maps; set it to False."
+            )
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
         if self.vision_batch_size < 1:

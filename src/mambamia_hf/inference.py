@@ -259,7 +259,7 @@ def ask(
 
 def load_frames(
     video: str,
-    sample: Callable[[TimedVideoMetadata], np.ndarray],
+    sample: Callable[..., np.ndarray],
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
     folder_fps: float | None = None,
@@ -270,7 +270,7 @@ def load_frames(
 
     Args:
         video: path, URL or folder.
-        sample: gives the numbers of the wanted frames, from the metadata.
+        sample: called with `metadata=` ([`TimedVideoMetadata`]), gives the numbers of the wanted frames.
         transform: applied to each wanted frame, a uint8 tensor `(3, height, width)`.
         folder_fps: how many frames of a folder there are per second, 1 without it.
         seek_mode, progress: see [`decode_video`].
@@ -280,14 +280,12 @@ def load_frames(
     """
     if os.path.isdir(video):
         return _load_frame_folder(video, sample, transform, folder_fps or 1.0)
-    return decode_video(
-        video, lambda metadata: sample(metadata), transform=transform, seek_mode=seek_mode, progress=progress
-    )
+    return decode_video(video, sample, transform=transform, seek_mode=seek_mode, progress=progress)
 
 
 def _load_frame_folder(
     folder: str,
-    sample: Callable[[TimedVideoMetadata], np.ndarray],
+    sample: Callable[..., np.ndarray],
     transform: Callable[[torch.Tensor], torch.Tensor] | None,
     fps: float,
 ) -> tuple[torch.Tensor, TimedVideoMetadata]:
@@ -298,7 +296,7 @@ def _load_frame_folder(
         duration=len(files) / fps,
         frame_timestamps=np.arange(len(files)) / fps,
     )
-    indices = sample(metadata)
+    indices = sample(metadata=metadata)
     frames, sizes = [], dict[tuple[int, int], str]()
     for index in indices:
         try:

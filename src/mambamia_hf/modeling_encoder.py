@@ -158,6 +158,8 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             patches = outputs.hidden_states[layer]
             if patches.ndim == 4:  # a feature map of ConvNeXt or ResNet
                 patches = patches.flatten(2).mT
+            elif self.config.vision_feature_norm:
+                patches = tower.post_layernorm(patches)
             features.append(patches[:, -num_patches:])  # without the class token that CLIP puts in front
             hidden_states.append(outputs.hidden_states if output_hidden_states else None)
             attentions.append(outputs.get("attentions"))

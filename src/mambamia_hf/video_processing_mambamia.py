@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
+    load_image,
 )
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import TensorType
@@ -24,7 +26,18 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_frame, make_batched_metadata
 
 from .video_decoding import decode_video
+from .video_index import TimedVideoMetadata
 
+
+_READING_OPTIONS = (
+    "do_sample_frames",
+    "do_resize",
+    "size",
+    "resample",
+    "default_to_square",
+    "progress",
+    "seek_mode",
+)
 
 # Frames normalised at a time: bounds the memory beside the result.
 _CHUNK_FRAMES = 32
@@ -34,16 +47,20 @@ class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
     """
     progress (`bool`, *optional*, defaults to `False`):
         Whether to show a progress bar while a video file is decoded.
-    seek (`str`, *optional*, defaults to `"exact"`):
+    seek_mode (`str`, *optional*, defaults to `"exact"`):
         Whether frames of a video file are taken at the sampled times (`"exact"`), or the key frames nearest to these
-        (`"keyframe"`), which is many times faster. See [`decode_video`].
+        (`"keyframe"`), which is many times faster. See [`VideoReader`].
+    load_audio_from_video (`bool`, *optional*):
+        Ignored: sound is not used. Servers pass it with every video.
     """
 
     progress: bool | None
-    seek: str | None
+    seek_mode: str | None
+    load_audio_from_video: bool | None
 
 
 def _stack_frames(frames: list) -> np.ndarray:
+    """One array of shape `(num_frames, ...)` from images of one shape."""
     # Palettes and grey levels have no colour channels of their own; transparency is blended later, as for arrays.
     frames = [
         frame.convert("RGB") if isinstance(frame, Image.Image) and frame.mode not in ("RGB", "RGBA") else frame
@@ -62,7 +79,7 @@ def _sample_array(
     sample_indices_fn: Callable[..., np.ndarray] | None,
     data_format: ChannelDimension | str | None,
 ) -> tuple[torch.Tensor, VideoMetadata]:
-    "Samples from frames that are at hand and brings them into the shape `(num_frames, channels, height, width)`."
+    """Samples from frames that are at hand and brings them into the shape `(num_frames, channels, height, width)`."""
     if len(video) == 0:
         raise ValueError(f"A video of shape {tuple(video.shape)} has no frames: pass at least one frame.")
     if sample_indices_fn is not None:
@@ -76,30 +93,30 @@ def _sample_array(
         metadata.frames_indices = indices.tolist()
         video = video[indices]
     if data_format is None:
-        data_format = infer_channel_dimension_format(video, num_channels=(1, 3, 4))
-    video = torch.as_tensor(video)
-    return (video.permute(0, 3, 1, 2) if data_format == ChannelDimension.LAST else video), metadata
+        data_format = infer_channel_dimension_format(cast(np.ndarray, video), num_channels=(1, 3, 4))
+    frames = torch.as_tensor(video)
+    return (frames.permute(0, 3, 1, 2) if data_format == ChannelDimension.LAST else frames), metadata
 
 
 class MambaMiaVideoProcessor(BaseVideoProcessor):
     """
     Turns videos into the `pixel_values_videos` that the vision tower takes.
 
-    Frames are sampled uniformly over the whole duration of a video: at each of the sampled times, the middles of equal
-    parts of the duration, the frame on display is taken. By default these are up to `fps` frames a second and at most
-    `num_frames`. In a call, `num_frames=N` asks for exactly N frames, and `fps=r` for r frames a second, still at most
-    the `num_frames` of this processor; the two together are an error.
+    Frames are sampled uniformly over the whole duration of a video: the duration is divided into equal parts, and the
+    frame on display in the middle of each part is taken. By default there are up to `fps` frames per second and at
+    most `num_frames`. In a call, `num_frames=N` asks for exactly N frames, and `fps=r` for r frames per second, still
+    at most the `num_frames` of this processor; the two together are an error.
 
     Args:
         num_frames (`int`, *optional*, defaults to 384):
             The largest number of frames sampled from a video; `None` for no limit.
         fps (`float`, *optional*, defaults to 2.0):
-            The largest number of frames sampled from a second; `None` for no limit.
+            The largest number of frames sampled per second; `None` for no limit.
         do_sample_frames (`bool`, *optional*, defaults to `True`):
             Whether to sample; all frames are used otherwise.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar while a video file is decoded.
-        seek (`str`, *optional*, defaults to `"exact"`):
+        seek_mode (`str`, *optional*, defaults to `"exact"`):
             Whether frames of a video file are taken at the sampled times (`"exact"`), or the key frames nearest to
             these (`"keyframe"`), which is many times faster. Where key frames are rarer than samples they are
             repeated, with a warning. The metadata tells the true times of the frames in any case.
@@ -120,12 +137,13 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     num_frames = 384
     fps = 2.0
     progress = False
-    seek = "exact"
-    valid_kwargs = MambaMiaVideoProcessorKwargs
+    seek_mode = "exact"
+    valid_kwargs = MambaMiaVideoProcessorKwargs  # type: ignore[assignment]  # declared for images
     model_input_names = ["pixel_values_videos", "frame_mask"]
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[MambaMiaVideoProcessorKwargs]) -> BatchFeature:
-        """
+        """Samples, resizes and normalises videos.
+
         Args:
             videos: Videos as paths, URLs, lists of frames, arrays or tensors, one or a (nested) list of them.
             kwargs: Settings that differ from those of this processor for this call.
@@ -138,26 +156,33 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             - **frame_mask** of shape `(num_videos, num_frames)`, bool, `True` for the frames of a video;
             - **video_metadata**, a list of [`VideoMetadata`], if `return_metadata=True`. Those of video files tell the
               true times of the frames as `timestamps`.
+
+        Raises:
+            FileNotFoundError: if there is no file at a path.
+            ValueError: if `videos` is empty or holds something else, if a file cannot be read, if the frames cannot be
+                sampled as asked, or if videos of different sizes are not resized to one.
         """
-        validate_typed_dict(self.valid_kwargs, kwargs)
-        videos, metadata = self._load_videos(videos, **kwargs)
-        kwargs.update(video_metadata=metadata, do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
-        return super().preprocess(videos, **kwargs)
+        options: dict[str, Any] = {**kwargs}
+        options.pop("load_audio_from_video", None)
+        validate_typed_dict(cast(Any, self.valid_kwargs), options)
+        frames, metadata = self._load_videos(videos, **options)
+        options.update(video_metadata=metadata, do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
+        return super().preprocess(frames, **options)
 
     def make_video_list(self, videos: VideoInput) -> list[str | np.ndarray | torch.Tensor]:
         """
-        Flattens the ways of passing videos into one list with an entry a video: a path or URL, or an array or tensor
-        of 4 dimensions.
+        Flattens the ways of passing videos into one list with one entry per video: a path or URL, or an array or
+        tensor of 4 dimensions.
 
         A list of paths or URLs is a list of videos. Where they are nested as deeply as a chat nests them, conversation
         by conversation and video by video, they are the images that are the frames of one video.
 
         Raises:
-            `ValueError`: if an image is passed, or the type is none of the above.
+            ValueError: if an image is passed, or the type is none of the above.
         """
         return self._flatten_videos(videos, depth=0)
 
-    def _flatten_videos(self, item: VideoInput, depth: int) -> list[str | np.ndarray | torch.Tensor]:
+    def _flatten_videos(self, item: Any, depth: int) -> list[str | np.ndarray | torch.Tensor]:
         if isinstance(item, str | os.PathLike):
             return [os.fspath(item)]
         if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 5:
@@ -177,7 +202,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         if item and all(is_valid_video_frame(frame) for frame in item):
             return [_stack_frames(item)]
         if depth >= 2 and item and all(isinstance(frame, str) for frame in item):
-            return [_stack_frames(self.fetch_images(list(item)))]
+            return [_stack_frames([load_image(frame) for frame in item])]
         return [video for child in item for video in self._flatten_videos(child, depth + 1)]
 
     def sample_frames(
@@ -185,7 +210,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         metadata: VideoMetadata,
         num_frames: int | None = None,
         fps: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> np.ndarray:
         """
         Chooses the frames to use.
@@ -203,7 +228,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             `np.ndarray`: The numbers of the frames, ascending.
 
         Raises:
-            `ValueError`: if both are given, if the video has fewer than `num_frames` frames, or if `fps` is given for
+            ValueError: if both are given, if the video has fewer than `num_frames` frames, or if `fps` is given for
             a video of unknown frame rate.
         """
         if num_frames is not None and fps is not None:
@@ -211,35 +236,40 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 f"`num_frames={num_frames}` and `fps={fps}` are mutually exclusive arguments: pass only one of them."
             )
         total = metadata.total_num_frames
-        duration = total / metadata.fps if metadata.fps else None
-        if num_frames is not None:
-            if not 1 <= num_frames <= total:
-                raise ValueError(
-                    f"`num_frames={num_frames}` cannot be sampled from a video of {total} frames: ask for 1 to "
-                    f"{total}."
-                )
-            count = num_frames
-        else:
-            if fps is not None and duration is None:
-                raise ValueError(
-                    f"`fps={fps}` cannot be sampled from a video of unknown frame rate: pass `video_metadata` with "
-                    "its `fps`, or use `num_frames`."
-                )
-            if fps is not None and fps <= 0:
-                raise ValueError(f"`fps={fps}` frames a second cannot be sampled: ask for more than 0.")
-            rate = fps or self.fps
-            count = min(total, self.num_frames or total)
-            if rate and duration:
-                # Containers may round times to milliseconds, which must not cost a frame.
-                count = min(count, max(1, int((duration + 1e-3) * rate)))
+        if num_frames is None:
+            num_frames = self._default_num_frames(metadata, fps)
+        elif not 1 <= num_frames <= total:
+            raise ValueError(
+                f"`num_frames={num_frames}` cannot be sampled from a video of {total} frames: ask for 1 to {total}."
+            )
+        middles = (np.arange(num_frames) + 0.5) / num_frames
+        if isinstance(metadata, TimedVideoMetadata):
+            return metadata.frames_shown_at(middles * metadata.duration)
+        return (middles * total + 1e-6).astype(int)
 
-        positions = (np.arange(count) + 0.5) / count
-        timestamps = getattr(metadata, "frame_timestamps", None)
-        if timestamps is None:
-            return (positions * total + 1e-6).astype(int)
-        return np.searchsorted(timestamps, positions * metadata.duration + 1e-3, side="right") - 1
+    def _default_num_frames(self, metadata: VideoMetadata, fps: float | None) -> int:
+        """How many frames to sample where no exact number is asked for."""
+        duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
+        if fps is not None and duration is None:
+            raise ValueError(
+                f"`fps={fps}` cannot be sampled from a video of unknown frame rate: pass `video_metadata` with its "
+                "`fps`, or use `num_frames`."
+            )
+        if fps is not None and fps <= 0:
+            raise ValueError(f"`fps={fps}` frames per second cannot be sampled: ask for more than 0.")
+        rate = fps or self.fps
+        count = min(metadata.total_num_frames, self.num_frames or metadata.total_num_frames)
+        if rate and duration:
+            # Containers may round times to milliseconds, which must not cost a frame.
+            count = min(count, max(1, int((duration + 1e-3) * rate)))
+        return count
 
-    def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn=None, **kwargs):
+    def fetch_videos(
+        self,
+        video_url_or_urls: str | list[str] | list[list[str]],
+        sample_indices_fn: Callable[..., np.ndarray] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
         """
         Decodes video files with [`decode_video`], whose other arguments are `kwargs`: one gives `(frames, metadata)`,
         a list gives a list of frames and a list of metadata.
@@ -252,24 +282,23 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     def _load_videos(
         self,
         videos: VideoInput,
-        video_metadata: list[VideoMetadata] | None = None,
+        video_metadata: Any = None,
         num_frames: int | None = None,
         fps: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[list[torch.Tensor], list[VideoMetadata]]:
-        "The sampled frames, of shape `(num_frames, channels, height, width)`, and the metadata of every video."
+        """The sampled frames, of shape `(num_frames, channels, height, width)`, and the metadata of every video."""
         options = {
-            name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
-            for name in ("do_sample_frames", "do_resize", "size", "resample", "default_to_square", "progress", "seek")
+            name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _READING_OPTIONS
         }
-        videos = self.make_video_list(videos)
-        if not videos:
+        flat_videos = self.make_video_list(videos)
+        if not flat_videos:
             raise ValueError("`videos` is an empty list: pass at least one video.")
-        given_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
-        if len(given_metadata) != len(videos):
+        given_metadata = make_batched_metadata(cast(Any, flat_videos), video_metadata=video_metadata)
+        if len(given_metadata) != len(flat_videos):
             raise ValueError(
-                f"There are {len(videos)} videos but {len(given_metadata)} entries in `video_metadata`: pass one for "
-                "each video."
+                f"There are {len(flat_videos)} videos but {len(given_metadata)} entries in `video_metadata`: pass one "
+                "for each video."
             )
 
         sample = partial(self.sample_frames, num_frames=num_frames, fps=fps) if options["do_sample_frames"] else None
@@ -278,19 +307,16 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             size = self._standardize_kwargs(size=options["size"], default_to_square=options["default_to_square"])
             resize = partial(self.resize, size=size["size"], resample=options["resample"])
 
-        loaded, metadata = [], []
-        for video, known in zip(videos, given_metadata, strict=True):
+        loaded = []
+        for video, known in zip(flat_videos, given_metadata, strict=True):
             if isinstance(video, str):
-                video, known = self.fetch_videos(
-                    video, sample, transform=resize, progress=options["progress"], seek=options["seek"]
-                )
+                reading = {"progress": options["progress"], "seek_mode": options["seek_mode"]}
+                loaded.append(self.fetch_videos(video, sample, transform=resize, **reading))
             else:
-                video, known = _sample_array(video, known, sample, kwargs.get("input_data_format"))
-            loaded.append(video)
-            metadata.append(known)
-        return loaded, metadata
+                loaded.append(_sample_array(video, known, sample, kwargs.get("input_data_format")))
+        return [frames for frames, _ in loaded], [metadata for _, metadata in loaded]
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]  # that of images is meant
         self,
         videos: list[torch.Tensor],
         do_resize: bool,
@@ -301,14 +327,14 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean: float | list[float] | None,
-        image_std: float | list[float] | None,
+        image_mean: float | list[float],
+        image_std: float | list[float],
         return_tensors: str | TensorType | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         longest = max(len(video) for video in videos)
         frame_mask = torch.stack([torch.arange(longest, device=video.device) < len(video) for video in videos])
-        pixel_values = None
+        pixel_values: torch.Tensor | None = None
         for i, video in enumerate(videos):
             for start in range(0, len(video), _CHUNK_FRAMES):
                 frames = video[start : start + _CHUNK_FRAMES]

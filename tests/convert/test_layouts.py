@@ -8,16 +8,12 @@ from original_checkpoint import Original, load, logits, original_compressor, wei
 from tiny_model import random_videos
 from torch import nn
 
-from mambamia_hf import MambaMiaCompressor, MambaMiaConfig
+from mambamia_hf import MambaMiaCompressor
 from mambamia_hf.convert import compressor_from_original, convert_from_original, convert_to_original
-from mambamia_hf.convert.configurations import own_settings
 
 
 PROJECTOR = "model.mm_projector."
 TOWER = "model.vision_tower.vision_tower.vision_model."
-has_feature_norm = pytest.mark.skipif(
-    "vision_feature_norm" not in own_settings(MambaMiaConfig), reason="the model has no vision_feature_norm yet"
-)
 
 
 def audio_compressor() -> dict[str, torch.Tensor]:
@@ -100,7 +96,6 @@ def test_projections_may_be_absent_only_between_equal_widths(tmp_path, name):
         convert_from_original(original.write(tmp_path / "src"), tmp_path / "dst")
 
 
-@has_feature_norm
 @pytest.mark.parametrize("num_layers", [3, 4])
 def test_tower_without_its_last_layers(tmp_path, num_layers):
     original = Original(vision={"num_hidden_layers": 4})

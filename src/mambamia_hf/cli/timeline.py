@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, Multiple
 
 from ..files import atomic_write
 from ..inference import Answer, EncodedVideo, load_frames
+from ..inputs import is_url
 
 
 MAX_THUMBNAILS = 8
@@ -56,7 +57,7 @@ def draw_timeline(path: str | os.PathLike[str], encoded: EncodedVideo, answers: 
         encoded.frame_deltas or (),
         encoded.kept_frames,
         thumbnails,
-        name=Path(urlparse(encoded.video).path or encoded.video).name,
+        name=Path(urlparse(encoded.video).path if is_url(encoded.video) else encoded.video).name,
         answers=[(answer.question, answer.answer) for answer in answers],
     )
 

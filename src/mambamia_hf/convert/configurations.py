@@ -420,8 +420,6 @@ def _vision_feature(source: Settings, vision_config: PreTrainedConfig, layers: s
         layer = -1
     if not is_siglip or layer != -1:
         return {"vision_feature_layer": layer}
-    if "vision_feature_norm" not in own_settings(MambaMiaConfig):
-        raise ValueError("Features after the vision tower's final layer norm are not supported yet.")
     return {"vision_feature_layer": -1, "vision_feature_norm": True}
 
 
@@ -429,7 +427,7 @@ def _tower_to_original(config: MambaMiaConfig) -> tuple[str, int]:
     """The original `mm_vision_tower` and `mm_vision_select_layer` of a configuration of ours."""
     vision_config, layer = parts(config)[0], config.vision_feature_layer
     num_layers = vision_config.num_hidden_layers
-    is_last, is_normed = layer in (-1, num_layers), getattr(config, "vision_feature_norm", False)
+    is_last, is_normed = layer in (-1, num_layers), config.vision_feature_norm
     if is_normed and not is_last:
         raise ValueError(
             f"The original layout takes features after the vision tower's norm from its last layer only, not from "
@@ -448,7 +446,7 @@ def _tower_to_original(config: MambaMiaConfig) -> tuple[str, int]:
 def _select_layer(config: MambaMiaConfig, cut: int) -> int:
     """`mm_vision_select_layer`, given the number of layers that were deleted from the end of the tower."""
     vision_config, layer = parts(config)[0], config.vision_feature_layer
-    if getattr(config, "vision_feature_norm", False):
+    if config.vision_feature_norm:
         return -1 - cut
     if layer == -1 and vision_config.model_type.startswith("siglip"):
         return vision_config.num_hidden_layers  # the same state without the norm, which -1 stands for in that layout
