@@ -12,6 +12,8 @@ class TransformersDocstrings(griffe.Extension):
         objects = list(_objects(pkg))
         paths: dict[str, str] = {}
         for item in objects:
+            if item.is_module:
+                continue
             paths.setdefault(item.name, item.path)
             if isinstance(item.parent, griffe.Class):
                 paths.setdefault(f"{item.parent.name}.{item.name}", item.path)
