@@ -24,12 +24,12 @@ class TransformersDocstrings(griffe.Extension):
 
         for item in objects:
             if item.docstring is not None:
-                text = re.sub(r"\[`([\w.]+)`\](?![\[(])", link, item.docstring.value)
-                item.docstring.value = re.sub(r"^( *[\w, ]+ \()(.+)(?=\):)", _plain_type, text, flags=re.M)
+                text = re.sub(r"^( *[\w, ]+ \()(.+)(?=\):)", _plain_type, item.docstring.value, flags=re.M)
+                item.docstring.value = re.sub(r"\[`([\w.]+)`\](?![\[(])", link, text)
 
 
 def _plain_type(match: re.Match) -> str:
-    return match[1] + match[2].replace("`", "").replace("*", "")
+    return match[1] + re.sub(r"\[`([\w.]+)`\]", r"\1", match[2]).replace("`", "").replace("*", "")
 
 
 def _objects(parent: Any) -> Iterator[Any]:
