@@ -59,6 +59,23 @@ assert "_Registers" not in repr(transformers.__spec__.loader)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["auto", "configuration_mambamia", "convert", "frame_selection", "inference", "modeling_compressor", "training"]
+    + ["processing_mambamia", "training.records", "versions", "video_decoding", "cli.main", "files"],
+)
+def test_any_module_may_come_first(module):
+    code = f"""
+import mambamia_hf.{module}
+from transformers import AutoConfig, AutoProcessor
+import mambamia_hf
+assert type(AutoConfig.from_pretrained(mambamia_hf.BUNDLED_CHECKPOINT)) is mambamia_hf.MambaMiaConfig
+assert type(AutoProcessor.from_pretrained(mambamia_hf.BUNDLED_CHECKPOINT)) is mambamia_hf.MambaMiaProcessor
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_transformers_may_come_first():
     code = """
 import transformers, mambamia_hf
