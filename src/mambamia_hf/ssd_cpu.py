@@ -111,11 +111,7 @@ class _Scan(torch.autograd.Function):
                 if keep:
                     kept.append(state.clone())
                 y_ = segment.chunks(share.of(y), state.dtype)
-                for heads, chunks in _Chunks.of(share, segment, *tensors).by_steepness():
-                    some_state, some_y = heads.take(state), heads.take(y_)
-                    _scan_segment(chunks, some_state, some_y)
-                    heads.put(some_state, state)
-                    heads.put(some_y, y_)
+                _scan_segment(_Chunks.of(share, segment, *tensors), state, y_)
                 segment.put(y_, share.of(y))
             share.of_states(last).copy_(state)
             return kept
@@ -137,22 +133,13 @@ class _Scan(torch.autograd.Function):
         for step, segment in reversed(list(enumerate(ctx.segments))):
 
             def run(index: int, step: int = step, segment: _Segment = segment) -> tuple[Tensor, ...]:
-                share, state, grad_state = ctx.shares[index], kept[index * steps + step], grad_states[index]
+                share, state = ctx.shares[index], kept[index * steps + step]
                 grad_y_, grad_x_ = (segment.chunks(share.of(tensor), dtype) for tensor in (grad_y, grad_x))
-                grad_delta_ = segment.chunks(share.of(grad_delta), dtype)
-                grad_A_, grad_D_ = (torch.empty_like(share.of_heads(tensor)) for tensor in (A, D))
-                grad_B_ = grad_C_ = 0
-                for heads, chunks in _Chunks.of(share, segment, *tensors).by_steepness():
-                    some_state = heads.take(grad_state)
-                    grads = _scan_segment_backward(chunks, heads.take(state), heads.take(grad_y_), some_state)
-                    heads.put(some_state, grad_state)
-                    heads.put(grads[0], grad_x_)
-                    for grad, target in zip(grads[1:4], (grad_delta_, grad_A_, grad_D_), strict=True):
-                        heads.put(grad.unsqueeze(-1), target.unsqueeze(-1))
-                    grad_B_, grad_C_ = grad_B_ + grads[4], grad_C_ + grads[5]
+                chunks = _Chunks.of(share, segment, *tensors)
+                grad_delta_, *rest = _scan_segment_backward(chunks, state, grad_y_, grad_states[index], grad_x_)
                 segment.put(grad_x_, share.of(grad_x))
                 segment.put(grad_delta_, share.of(grad_delta))
-                return grad_A_, grad_D_, grad_B_, grad_C_
+                return tuple(rest)
 
             # The sums over shares are taken here, in a fixed order: threads that add as they finish would round anew
             # in every run.
@@ -228,25 +215,8 @@ class _Segment(NamedTuple):
         return chunks.transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, : tensor.shape[1]]
 
 
-class _Heads(NamedTuple):
-    """Some heads of a share, or all where there is no index."""
-
-    index: Tensor | None
-
-    def take(self, tensor: Tensor, dim: int = -2) -> Tensor:
-        """From a tensor with e at `dim`: a copy, or the tensor itself where all heads are meant."""
-        return tensor if self.index is None else tensor.index_select(dim, self.index)
-
-    def put(self, some: Tensor, tensor: Tensor) -> None:
-        """The way back, into a tensor `(..., e, p)`."""
-        if self.index is not None:
-            tensor.index_copy_(-2, self.index, some)
-        elif some is not tensor:
-            tensor.copy_(some)
-
-
 class _Chunks(NamedTuple):
-    """The share of a segment."""
+    """The share of a segment, with the decays in it."""
 
     x: Tensor  # c b g q e p
     delta: Tensor  # c b g q e
@@ -257,7 +227,11 @@ class _Chunks(NamedTuple):
     CB: Tensor  # c b g q 1, the diagonal that T leaves out
     D: Tensor  # c b g q e 1, with Δ C·B: all that a token reads of itself
     L: Tensor  # c b g q e
-    size: int  # of the parts of a chunk in which L spans at most _MAX_BITS
+    steep: Tensor  # the heads where L spans more than _MAX_BITS in some chunk, the steepest last
+    u: Tensor  # c b g q e 1; zero in steep heads
+    v: Tensor  # c b g q e 1, without Δ; up to the end of the chunk in steep heads
+    enter: Tensor  # b g 1 e 1, the factor on the state before the segment: 2^m of the first chunk, 1 in steep heads
+    leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next
 
     @classmethod
     def of(
@@ -270,61 +244,33 @@ class _Chunks(NamedTuple):
         scores = C @ B.mT
         CB = scores.diagonal(dim1=2, dim2=3).clone().view(*delta.shape[:4], 1)
         D = torch.addcmul(D.unsqueeze(1), delta, CB).unsqueeze(-1)
-        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, _log_decay(delta, A), segment.chunk_size)
 
-    def by_steepness(self) -> Iterator[tuple[_Heads, "_Chunks"]]:
-        """The heads whose chunks stay whole, and apart from them, a few of similar steepness together, the others."""
-        spans = (self.L[:, :, :, 0] - self.L[:, :, :, -1]).abs().amax(dim=(0, 1, 2))
+        L = _log_decay(delta, A)
+        first, last = L[:, :, :, :1], L[:, :, :, -1:]
+        spans = (first - last).abs().amax(dim=(0, 1, 2, 3))
+        gentle = spans <= _MAX_BITS
         order = spans.argsort()
-        whole = int((spans <= _MAX_BITS).sum())
-        if whole == len(spans):
-            yield _Heads(None), self
-            return
-        some = _DIVIDED_HEADS.get(self.x.device.type, _DIVIDED_HEADS["cuda"])
-        for index in (order[:whole], *order[whole:].split(some)):
-            if len(index):
-                heads = _Heads(index.sort().values)
-                x, delta, D = heads.take(self.x), heads.take(self.delta, -1), heads.take(self.D)
-                A, L = heads.take(self.A, -1), heads.take(self.L, -1)
-                yield heads, self._replace(x=x, delta=delta, A=A, D=D, L=L, size=_factorised_size(L))
-
-    @property
-    def whole(self) -> bool:
-        """Whether a chunk is not divided, so that tokens read it and the state before it in one product."""
-        return self.size == self.x.shape[3]
-
-    def decays(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u and v without Δ `(c, b, g, q, e, 1)`, the factor on the state that enters the segment `(b, g, 1, e, 1)`,
-        and the factors on it from chunk to chunk `(c, b, g, 1, e, 1)`.
-        """
-        first, last = self.L[:, :, :, :1], self.L[:, :, :, -1:]
-        if self.whole:  # the state is kept as 2^m S
-            middle = (first + last) / 2
-            enter, leave = _decay(middle), (last - middle).exp2()
-            leave[:-1] *= enter[1:]
-            decays = (self.L - middle).exp2(), (middle - self.L).exp2(), enter[0], leave
+        steep = order[int(gentle.sum()) :]
+        middle = (first + last) / 2
+        if len(steep):
+            u = torch.where(gentle, L - middle, -math.inf).exp2()
+            v = _decay(torch.where(gentle, middle, last) - L)
+            enter, leave = (_decay(torch.where(gentle, bits, 0)) for bits in (middle, last - middle))
         else:
-            decays = _decay(self.L), _decay(last - self.L), torch.ones_like(last[0]), _decay(last)
-        u, v, enter, carry = (decay.to(self.x.dtype).unsqueeze(-1) for decay in decays)
-        return u, v, enter, carry
+            u, v, enter, leave = (L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()
+        leave[:-1] *= enter[1:]
+        u, v, enter, leave = (decay.to(dtype).unsqueeze(-1) for decay in (u, v, enter[0], leave))
+        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, steep, u, v, enter, leave)
 
-    def reads(self) -> Iterator[tuple["_Part", Tensor, Tensor]]:
-        """How tokens of a chunk that is divided read each other: which, u, and v without Δ."""
-        size = self.x.shape[3] // 2
-        while size >= self.size:
-            part = _Part(size, 2)
-            reader, writer = part.readers(self.L), part.writers(self.L)
-            boundary = writer[..., -1:, :]
-            yield (
-                part,
-                *(_decay(bits).to(self.x.dtype).unsqueeze(-1) for bits in (reader - boundary, boundary - writer)),
-            )
-            size //= 2
-        if 1 < self.size < self.x.shape[3]:
-            part = _Part(self.size, 1)
-            L = part.readers(self.L)
-            middle = (L[..., :1, :] + L[..., -1:, :]) / 2
-            yield part, *(bits.exp2().to(self.x.dtype).unsqueeze(-1) for bits in (L - middle, middle - L))
+    def steep_decay(self) -> Tensor:
+        """The decay of a whole chunk in steep heads, `(c, b, g, 1, e, 1)`."""
+        last = self.L[:, :, :, -1:].index_select(4, self.steep)
+        return _decay(last).to(self.x.dtype).unsqueeze(-1)
+
+    def some_steep(self) -> list[slice]:
+        """A few steep heads at a time, of similar steepness."""
+        some = _DIVIDED_HEADS.get(self.x.device.type, _DIVIDED_HEADS["cuda"])
+        return [slice(start, start + some) for start in range(0, len(self.steep), some)]
 
 
 class _Part(NamedTuple):
@@ -356,15 +302,27 @@ def _decay(bits: Tensor) -> Tensor:
     return bits.masked_fill(bits < -_ZERO_BITS, -math.inf).exp2_()
 
 
-def _factorised_size(L: Tensor) -> int:
-    """The largest parts of a chunk, by halves, in which L `(c, b, g, q, e)` spans at most `_MAX_BITS` everywhere."""
+def _parts(L: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+    """How tokens of a chunk read each other exactly, by halves, whatever L `(c, b, g, q, e)` spans.
+
+    Yields which read which, and u and v without Δ, of the readers and the writers.
+    """
     size = L.shape[3]
-    while size > 1:
-        parts = L.unflatten(3, (-1, size))
-        if (parts[..., 0, :] - parts[..., -1, :]).abs().max() <= _MAX_BITS:
-            break
+    while size > 1 and _span(_Part(size, 1).readers(L)).max() > _MAX_BITS:
         size //= 2
-    return size
+        part = _Part(size, 2)
+        reader, writer = part.readers(L), part.writers(L)
+        boundary = writer[..., -1:, :]
+        yield part, *(_decay(bits).to(dtype).unsqueeze(-1) for bits in (reader - boundary, boundary - writer))
+    if size > 1:
+        part = _Part(size, 1)
+        L = part.readers(L)
+        middle = (L[..., :1, :] + L[..., -1:, :]) / 2
+        yield part, *(bits.exp2().to(dtype).unsqueeze(-1) for bits in (L - middle, middle - L))
+
+
+def _span(L: Tensor) -> Tensor:
+    return (L[..., 0, :] - L[..., -1, :]).abs()
 
 
 def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
@@ -372,100 +330,125 @@ def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
     return tensor.flatten(-2).flatten(dim, dim + 1)
 
 
-def _advance(chunks: _Chunks, c: int, written: Tensor, carry: Tensor, state: Tensor) -> None:
-    """Takes the state `(b, g, n, e, p)` through chunk c, whose tokens write v ⊙ x `(b, g, q, e, p)` to it."""
-    if not chunks.whole:
-        state.mul_(carry[c])
-    _rows(state).baddbmm_(chunks.B[c].mT, _rows(written))
-    if chunks.whole:
-        state.mul_(carry[c])
-
-
 def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
     """Writes y `(c, b, g, q, e, p)` and takes the state `(b, g, n, e, p)` to the end of the segment."""
-    u, v, enter, carry = chunks.decays()
-    v = v * chunks.delta.unsqueeze(-1)
-    size, sizes = chunks.x.shape[3], list(state.shape)
-    sources = state.new_empty(*sizes[:2], size + sizes[2], *sizes[3:])
+    batch, groups, state_size, heads, head_dim = state.shape
+    size, steep = y.shape[3], chunks.steep
+    sources = state.new_empty(batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :size], sources[:, :, size:]
-    read = torch.empty_like(written, memory_format=torch.contiguous_format)
-    weights, read_from = (torch.cat([chunks.T, chunks.C], 3), sources) if chunks.whole else (chunks.C, entered)
-    torch.mul(state, enter, out=entered)
-    for c in range(len(y)):
-        torch.mul(chunks.x[c], v[c], out=written)
-        torch.bmm(weights[c], _rows(read_from), out=_rows(read))
-        torch.mul(chunks.x[c], chunks.D[c], out=y[c]).addcmul_(read, u[c])
-        _advance(chunks, c, written, carry, entered)
+    read = state.new_empty(batch, groups, size, heads, head_dim)
+    sources_, written_, entered_, read_ = (_rows(tensor) for tensor in (sources, written, entered, read))
+    torch.mul(state, chunks.enter, out=entered)
+    steep_decay = chunks.steep_decay()
+    steep_entered = []
+    v, weights = chunks.v * chunks.delta.unsqueeze(-1), torch.cat([chunks.T, chunks.C], dim=3)
+    for c, (x_, u_, v_, D_, weights_, B_, leave_, y_) in enumerate(
+        zip(chunks.x, chunks.u, v, chunks.D, weights, chunks.B.mT, chunks.leave, y, strict=True)
+    ):
+        torch.mul(x_, v_, out=written)
+        torch.bmm(weights_, sources_, out=read_)
+        torch.addcmul(read.mul_(u_), x_, D_, out=y_)
+        if len(steep):
+            steep_entered.append(entered.index_select(3, steep))
+            entered.index_copy_(3, steep, steep_entered[-1] * steep_decay[c])
+        entered_.baddbmm_(B_, written_)
+        entered.mul_(leave_)
     state.copy_(entered)
 
-    for part, u, v in chunks.reads():
-        written = part.writers(chunks.x) * (part.writers(chunks.delta).unsqueeze(-1) * v)
-        read = part.weights(chunks.T) @ _rows(written, 1)
-        part.readers(y).addcmul_(read.view(written.shape), u)
+    if len(steep):
+        steep_y = (chunks.C @ _rows(torch.stack(steep_entered), 1)).view(*y.shape[:4], len(steep), head_dim)
+        steep_y.mul_(_decay(chunks.L.index_select(4, steep)).to(y.dtype).unsqueeze(-1))
+        for some in chunks.some_steep():
+            heads = steep[some]
+            x, delta, L = (
+                chunks.x.index_select(4, heads),
+                chunks.delta.index_select(4, heads),
+                chunks.L.index_select(4, heads),
+            )
+            for part, u, v in _parts(L, y.dtype):
+                written = part.writers(x) * (v * part.writers(delta).unsqueeze(-1))
+                read = (part.weights(chunks.T) @ _rows(written, 1)).view(written.shape)
+                part.readers(steep_y[..., some, :]).addcmul_(read, u)
+        y.index_add_(4, steep, steep_y)
 
 
 def _scan_segment_backward(
-    chunks: _Chunks, state: Tensor, grad_y: Tensor, grad_state: Tensor
+    chunks: _Chunks, state: Tensor, grad_y: Tensor, grad_state: Tensor, grad_x: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients of `_scan_segment`, given its state and the gradients of y and of the state that it leaves.
 
-    Takes the gradient of the state to the start of the segment, and returns those of x `(c, b, g, q, e, p)`, delta
-    `(c, b, g, q, e)`, A and D `(g, e)`, and B and C `(c, b, g, q, n)`.
+    Writes that of x `(c, b, g, q, e, p)`, takes that of the state to the start of the segment, and returns those of
+    delta `(c, b, g, q, e)`, A and D `(g, e)`, and B and C `(c, b, g, q, n)`.
     """
-    grad_x = torch.empty_like(chunks.x)
-    u, v, enter, carry = chunks.decays()
-    delta, size, sizes = chunks.delta.unsqueeze(-1), chunks.x.shape[3], list(state.shape)
-    v_delta = v * delta
-    sources = state.new_empty(len(u), *sizes[:2], size + sizes[2], *sizes[3:])
+    batch, groups, state_size, heads, head_dim = state.shape
+    size, steep, delta = grad_y.shape[3], chunks.steep, chunks.delta.unsqueeze(-1)
+    sources = state.new_empty(len(grad_y), batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :, :size], sources[:, :, :, size:]
-    torch.mul(chunks.x, v_delta, out=written)
-    state = state * enter
-    for c in range(len(u)):
+    v = chunks.v * delta
+    steep_decay = chunks.steep_decay()
+    torch.mul(chunks.x, v, out=written)
+    state = state * chunks.enter
+    for c, (written_, B_, leave_) in enumerate(zip(_rows(written, 1), chunks.B.mT, chunks.leave, strict=True)):
         entered[c] = state
-        _advance(chunks, c, written[c], carry, state)
+        if len(steep):
+            state.index_copy_(3, steep, state.index_select(3, steep) * steep_decay[c])
+        _rows(state).baddbmm_(B_, written_)
+        state.mul_(leave_)
     crossing = (state * grad_state).sum(dim=(2, 4), dtype=torch.float64)  # b g e: what passes the end of the segment
 
     grads = torch.empty_like(sources[0])
     grad_read, grad_left = grads[:, :, :size], grads[:, :, size:]
-    grad_written = torch.empty_like(grad_read, memory_format=torch.contiguous_format)
+    grad_written = torch.empty_like(chunks.x[0], memory_format=torch.contiguous_format)
+    grads_, grad_read_, grad_left_, grad_written_ = (_rows(t) for t in (grads, grad_read, grad_left, grad_written))
     grad_left.copy_(grad_state)
-    if chunks.whole:
-        weights, transposed = torch.cat([chunks.T, chunks.C], 3), torch.cat([chunks.T.mT, chunks.B], 3)
-        read_from, grads_from = sources, grads
-    else:
-        weights, transposed, read_from, grads_from = chunks.C, chunks.B, entered, grad_left
+    weights, transposed = torch.cat([chunks.T, chunks.C], 3), torch.cat([chunks.T.mT, chunks.B], 3)
     grad_weights, grad_B = torch.empty_like(weights), torch.empty_like(chunks.B)
     reads, writes = torch.empty_like(chunks.delta), torch.empty_like(chunks.delta)
-    for c in reversed(range(len(u))):
-        if chunks.whole:
-            grad_left.mul_(carry[c])
-        torch.mul(grad_y[c], u[c], out=grad_read)
-        torch.bmm(transposed[c], _rows(grads_from), out=_rows(grad_written))
-        torch.bmm(_rows(written[c]), _rows(grad_left).mT, out=grad_B[c])
-        per_head = grad_read.transpose(2, 3) @ read_from[c].permute(0, 1, 3, 4, 2)  # b g e q and what is read
+    if len(steep):
+        steep_u = _decay(chunks.L.index_select(4, steep)).to(delta.dtype).unsqueeze(-1)
+        steep_grad_read = grad_y.index_select(4, steep) * steep_u
+    for c in reversed(range(len(grad_y))):
+        grad_left.mul_(chunks.leave[c])
+        torch.mul(grad_y[c], chunks.u[c], out=grad_read)
+        torch.bmm(transposed[c], grads_, out=grad_written_)
+        torch.bmm(_rows(written[c]), grad_left_.mT, out=grad_B[c])
+        per_head = grad_read.transpose(2, 3) @ sources[c].permute(0, 1, 3, 4, 2)  # b g e q and what they read
         torch.sum(per_head.flatten(0, 1), dim=1, out=grad_weights[c])
-        reads[c] = per_head.mul_(weights[c].view(*sizes[:2], 1, size, -1)).sum(dim=-1).transpose(2, 3)
-        if not chunks.whole:
-            grad_left.mul_(carry[c])
-        _rows(grad_left).baddbmm_(chunks.C[c].mT, _rows(grad_read))
+        reads[c] = per_head.mul_(weights[c].view(batch, groups, 1, size, -1)).sum(dim=-1).transpose(2, 3)
         writes[c] = (chunks.x[c] * grad_written).sum(dim=-1)
-        torch.mul(grad_y[c], chunks.D[c], out=grad_x[c]).addcmul_(grad_written, v_delta[c])
-    torch.mul(grad_left, enter, out=grad_state)
+        torch.mul(grad_y[c], chunks.D[c], out=grad_x[c]).addcmul_(grad_written, v[c])
+        grad_left_.baddbmm_(chunks.C[c].mT, grad_read_)
+        if len(steep):
+            left = grad_left.index_select(3, steep) * steep_decay[c]
+            _rows(left).baddbmm_(chunks.C[c].mT, _rows(steep_grad_read[c]))
+            grad_left.index_copy_(3, steep, left)
+    torch.mul(grad_left, chunks.enter, out=grad_state)
+    writes.mul_(chunks.v.squeeze(-1))
+    grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
 
-    writes.mul_(v.squeeze(-1))
-    if chunks.whole:
-        grad_T, grad_C = grad_weights.split([size, sizes[2]], dim=3)
-    else:
-        grad_T, grad_C = torch.zeros_like(chunks.T), grad_weights
-    for part, u, v in chunks.reads():
-        x, written = part.writers(chunks.x), part.writers(chunks.x) * (v_part := v * part.writers(delta))
-        grad_read, T = part.readers(grad_y) * u, part.weights(chunks.T)
-        read = (T @ _rows(written, 1)).view(written.shape)
-        grad_written = (T.mT @ _rows(grad_read, 1)).view(written.shape)
-        part.weights(grad_T).copy_(_rows(grad_read, 1) @ _rows(written, 1).mT)
-        part.readers(reads).add_((grad_read * read).sum(dim=-1))
-        part.writers(writes).add_((x * grad_written).sum(dim=-1) * v.squeeze(-1))
-        part.writers(grad_x).addcmul_(grad_written, v_part)
+    if len(steep):
+        steep_entered = _rows(entered.index_select(4, steep), 1)
+        read = (chunks.C @ steep_entered).view(steep_grad_read.shape)
+        steep_reads = (steep_grad_read * read).sum(dim=-1)
+        steep_writes, steep_grad_x = torch.zeros_like(steep_reads), torch.zeros_like(read)
+        grad_C += _rows(steep_grad_read, 1) @ steep_entered.mT
+        for some in chunks.some_steep():
+            heads = steep[some]
+            x, delta_, L, grad = (t.index_select(4, heads) for t in (chunks.x, chunks.delta, chunks.L, grad_y))
+            for part, u, v in _parts(L, delta.dtype):
+                T, v_delta = part.weights(chunks.T), v * part.writers(delta_).unsqueeze(-1)
+                written, grad_read = part.writers(x) * v_delta, part.readers(grad) * u
+                read = (T @ _rows(written, 1)).view(written.shape)
+                grad_written = (T.mT @ _rows(grad_read, 1)).view(written.shape)
+                part.weights(grad_T).add_(_rows(grad_read, 1) @ _rows(written, 1).mT)
+                part.readers(steep_reads[..., some]).add_((grad_read * read).sum(dim=-1))
+                part.writers(steep_writes[..., some]).add_(
+                    (part.writers(x) * grad_written).sum(dim=-1) * v.squeeze(-1)
+                )
+                part.writers(steep_grad_x[..., some, :]).addcmul_(grad_written, v_delta)
+        reads.index_copy_(4, steep, steep_reads)
+        writes.index_add_(4, steep, steep_writes)
+        grad_x.index_add_(4, steep, steep_grad_x)
 
     itself = (grad_y * chunks.x).sum(dim=-1)  # the gradient of D + Δ C·B
     grad_scores = grad_T.tril(-1)
@@ -482,8 +465,8 @@ def _scan_segment_backward(
     passing = passing.masked_fill(log_decay < -_ZERO_BITS * math.log(2), 0)  # not the rounding of the sum
     grad_delta = writes + itself * chunks.CB + passing * chunks.A.unsqueeze(1)
     grad_A = (passing * chunks.delta).sum(dim=(0, 1, 3))
-    grad_B, grad_C = (grad.unflatten(1, tuple(sizes[:2])) for grad in (grad_B, grad_C))
-    return grad_x, grad_delta, grad_A, itself.sum(dim=(0, 1, 3)), grad_B, grad_C
+    grad_B, grad_C = (grad.unflatten(1, (batch, groups)) for grad in (grad_B, grad_C))
+    return grad_delta, grad_A, itself.sum(dim=(0, 1, 3)), grad_B, grad_C
 
 
 def _shares(x: Tensor, B: Tensor) -> list[_Share]:
