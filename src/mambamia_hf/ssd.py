@@ -1,9 +1,9 @@
 """The state-space scan of Mamba2 (SSD; Dao and Gu 2024) and its causal convolution, as pure functions.
 
 Every call picks its engine by the device of the tensors. On CUDA these are the official kernels where they can be
-imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else, and on CUDA without the kernels,
-it is PyTorch: `ssd_cpu.py` computes what `ssd_reference` below says, faster. Under `torch.compile` and `torch.export`
-`ssd_reference` itself runs, as one graph.
+imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else, and without the kernels on CUDA
+too, it is PyTorch: `ssd_cpu.py` computes what `ssd_reference` below says, faster. Under `torch.compile` and
+`torch.export` `ssd_reference` itself runs, as one graph.
 
 Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of a chunk.
 """
@@ -33,8 +33,8 @@ def ssd_chunk_scan(
 
     Names and meaning are those of mamba-ssm's `mamba_chunk_scan_combined`. Time is linear in the length. Beside inputs
     and outputs the PyTorch engine holds a few chunks, and for the gradient one state per 16 chunks. It computes in
-    float32 (float64 for float64 inputs) whatever the type of the inputs; the kernels round the inputs of their products
-    to the type of x.
+    float32, or float64 for float64 inputs, whatever the type of the inputs; the kernels round what goes into their
+    products to the type of x.
 
     Args:
         x: `(b, l, h, p)`.
@@ -105,7 +105,7 @@ def ssd_reference(
     length, heads = x.shape[1:3]
 
     def chunked(tensor: Tensor) -> Tensor:
-        """`(b, l, ...)` to `(b, c, q, ...)`; tokens of step size zero, which change nothing, fill up the last chunk."""
+        """`(b, l, ...)` to `(b, c, q, ...)`, filled up with tokens of step size zero, which change nothing."""
         padding = (0, 0) * (tensor.dim() - 2) + (0, -length % chunk_size)
         return nn.functional.pad(tensor.to(A.dtype), padding).unflatten(1, (-1, chunk_size))
 

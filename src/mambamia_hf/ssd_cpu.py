@@ -7,9 +7,11 @@ T = tril(C Bᵀ, -1), which all heads of a group share, a chunk takes three matr
     y = u ⊙ ([T | C] @ [v ⊙ x ; 2^m S]) + (D + Δ C·B) ⊙ x        S <- 2^(L_last - m) (2^m S + Bᵀ @ (v ⊙ x))
 
 No array has an entry per head and pair of tokens. u and v stay in the range of the numbers while L spans at most
-`_MAX_BITS` in a chunk. Where it spans more, the second half of the chunk reads what the first half wrote through the
-boundary between them, v up to the boundary and u from there on, so that both are at most 1; then the same in each
-half, until L spans few enough bits in what is left. The steepest heads end at single tokens, and every decay is exact.
+`_MAX_BITS` in a chunk. Heads where it spans more are *steep*. They take the same products with u = 0 and
+v_s = 2^(L_last - L_s) Δ_s, which leaves their state exact. What their tokens read is computed apart, through
+boundaries: the state through the start of the chunk; what the first half of the chunk wrote, in the second half,
+through its last token; and the same in each half, until L spans few enough bits in what is left. Decays up to a
+boundary and from it on are at most 1, so that this is exact however steep a head is.
 
 Letters in the shapes: b batch, l length, h heads, g groups, e heads of a group, p head size, n state size, c chunks, q
 tokens of a chunk. Groups and rows of the batch share no product; in products, r = b g counts both.
@@ -34,8 +36,8 @@ _CHUNK_SIZE = {"cpu": 64, "cuda": 128}
 _SEGMENT_CHUNKS = 16
 # Heads computed together: as many as stay in a CPU's cache, or as fill a GPU.
 _MAX_HEADS = {"cpu": 16, "cuda": 1024}
-# Heads computed together where their chunks are divided.
-_DIVIDED_HEADS = {"cpu": 4, "cuda": 1024}
+# Steep heads computed together; those of similar steepness need the same boundaries.
+_STEEP_HEADS = {"cpu": 4, "cuda": 1024}
 # Heads worth a thread, as every thread computes T once more, and elements of x worth a thread.
 _MIN_HEADS, _MIN_ELEMENTS = 4, 2**16
 # Float32 has 126 bits on each side of 1; u and v take 60 of them.
@@ -77,17 +79,19 @@ def final_states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, states: Tensor)
     Arguments and result as in `chunk_scan`.
     """
     result = torch.empty_like(states, memory_format=torch.contiguous_format)
+    length, step = x.shape[1], _SEGMENT_CHUNKS * _CHUNK_SIZE["cpu"]
 
     def run(share: _Share) -> None:
         state, A_ = share.take_states(states), share.of_heads(A)
-        for segment in _segments(x.shape[1], _CHUNK_SIZE["cpu"] * _SEGMENT_CHUNKS, chunks=1):
+        for start in range(0, length, step):
+            segment = _Segment(slice(start, start + step), min(step, length - start))
             x_, delta_ = (segment.chunks(share.of(tensor), A.dtype)[0] for tensor in (x, delta))
             B_ = segment.chunks(share.of_groups(B), A.dtype)[0].flatten(0, 1)
             L = _log_decay(delta_, A_)
             last = L[:, :, -1:]
-            v = _decay(last - L, A.dtype) * delta_.unsqueeze(-1)
-            state.mul_(_decay(last, A.dtype))
-            _rows(state).baddbmm_(B_.mT, _rows(x_ * v))
+            v = _decay(last - L).to(A.dtype) * delta_
+            state.mul_(_decay(last).to(A.dtype).unsqueeze(-1))
+            _rows(state).baddbmm_(B_.mT, _rows(x_ * v.unsqueeze(-1)))
         share.of_states(result).copy_(state)
 
     _for_each(run, _shares(x, B), x)
@@ -227,11 +231,11 @@ class _Chunks(NamedTuple):
     CB: Tensor  # c b g q 1, the diagonal that T leaves out
     D: Tensor  # c b g q e 1, with Δ C·B: all that a token reads of itself
     L: Tensor  # c b g q e
-    steep: Tensor  # the heads where L spans more than _MAX_BITS in some chunk, the steepest last
-    u: Tensor  # c b g q e 1; zero in steep heads
-    v: Tensor  # c b g q e 1, without Δ; up to the end of the chunk in steep heads
-    enter: Tensor  # b g 1 e 1, the factor on the state before the segment: 2^m of the first chunk, 1 in steep heads
-    leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next
+    u: Tensor  # c b g q e 1
+    v: Tensor  # c b g q e 1, without Δ
+    enter: Tensor  # b g 1 e 1, the factor 2^m on the state before the segment
+    leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next chunk
+    steep: Tensor  # indices of the steep heads, the steepest last
 
     @classmethod
     def of(
@@ -247,11 +251,9 @@ class _Chunks(NamedTuple):
 
         L = _log_decay(delta, A)
         first, last = L[:, :, :, :1], L[:, :, :, -1:]
-        spans = (first - last).abs().amax(dim=(0, 1, 2, 3))
+        middle, spans = (first + last) / 2, _span(L).amax(dim=(0, 1, 2))
         gentle = spans <= _MAX_BITS
-        order = spans.argsort()
-        steep = order[int(gentle.sum()) :]
-        middle = (first + last) / 2
+        steep = spans.argsort()[int(gentle.sum()) :]
         if len(steep):
             u = torch.where(gentle, L - middle, -math.inf).exp2()
             v = _decay(torch.where(gentle, middle, last) - L)
@@ -260,17 +262,24 @@ class _Chunks(NamedTuple):
             u, v, enter, leave = (L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()
         leave[:-1] *= enter[1:]
         u, v, enter, leave = (decay.to(dtype).unsqueeze(-1) for decay in (u, v, enter[0], leave))
-        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, steep, u, v, enter, leave)
+        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, u, v, enter, leave, steep)
 
-    def steep_decay(self) -> Tensor:
-        """The decay of a whole chunk in steep heads, `(c, b, g, 1, e, 1)`."""
-        last = self.L[:, :, :, -1:].index_select(4, self.steep)
-        return _decay(last).to(self.x.dtype).unsqueeze(-1)
+    def steep_decay(self, tokens: slice = slice(None)) -> Tensor:
+        """2^L of some tokens of each chunk in steep heads, `(c, b, g, tokens, steep heads, 1)`."""
+        return _decay(self.L[:, :, :, tokens].index_select(4, self.steep)).to(self.x.dtype).unsqueeze(-1)
 
-    def some_steep(self) -> list[slice]:
-        """A few steep heads at a time, of similar steepness."""
-        some = _DIVIDED_HEADS.get(self.x.device.type, _DIVIDED_HEADS["cuda"])
-        return [slice(start, start + some) for start in range(0, len(self.steep), some)]
+    def steep_parts(self) -> Iterator["tuple[slice, Tensor, _Part, Tensor, Tensor]"]:
+        """How the tokens of a chunk read each other in steep heads.
+
+        Yields a range of `steep`, the heads in it, which tokens read which, u of these readers, and v, without Δ, of
+        these writers.
+        """
+        count = _STEEP_HEADS.get(self.x.device.type, _STEEP_HEADS["cuda"])
+        for start in range(0, len(self.steep), count):
+            some = slice(start, start + count)
+            heads = self.steep[some]
+            for part, u, v in _parts(self.L.index_select(4, heads)):
+                yield some, heads, part, u.to(self.x.dtype).unsqueeze(-1), v.to(self.x.dtype).unsqueeze(-1)
 
 
 class _Part(NamedTuple):
@@ -293,36 +302,32 @@ class _Part(NamedTuple):
         return T[:, :, :, self.count - 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)
 
 
+def _parts(L: Tensor) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+    """Divides chunks until L `(c, b, g, q, e)` spans at most `_MAX_BITS` in what is left; yields u and v with it."""
+    size = L.shape[3]
+    while size > 1 and _span(_Part(size, 1).readers(L)).max() > _MAX_BITS:
+        size //= 2
+        part = _Part(size, 2)
+        boundary = part.writers(L)[..., -1:, :]
+        yield part, _decay(part.readers(L) - boundary), _decay(boundary - part.writers(L))
+    if size > 1:
+        part = _Part(size, 1)
+        L = part.readers(L)
+        middle = (L[..., :1, :] + L[..., -1:, :]) / 2
+        yield part, (L - middle).exp2(), (middle - L).exp2()
+
+
 def _log_decay(delta: Tensor, A: Tensor) -> Tensor:
     """L `(..., g, q, e)`, in float64: only its differences count, and float32 would round a long sum too much."""
     return (delta * (A.double().unsqueeze(-2) / math.log(2))).cumsum(dim=-2)
 
 
-def _decay(bits: Tensor) -> Tensor:
-    return bits.masked_fill(bits < -_ZERO_BITS, -math.inf).exp2_()
-
-
-def _parts(L: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-    """How tokens of a chunk read each other exactly, by halves, whatever L `(c, b, g, q, e)` spans.
-
-    Yields which read which, and u and v without Δ, of the readers and the writers.
-    """
-    size = L.shape[3]
-    while size > 1 and _span(_Part(size, 1).readers(L)).max() > _MAX_BITS:
-        size //= 2
-        part = _Part(size, 2)
-        reader, writer = part.readers(L), part.writers(L)
-        boundary = writer[..., -1:, :]
-        yield part, *(_decay(bits).to(dtype).unsqueeze(-1) for bits in (reader - boundary, boundary - writer))
-    if size > 1:
-        part = _Part(size, 1)
-        L = part.readers(L)
-        middle = (L[..., :1, :] + L[..., -1:, :]) / 2
-        yield part, *(bits.exp2().to(dtype).unsqueeze(-1) for bits in (L - middle, middle - L))
-
-
 def _span(L: Tensor) -> Tensor:
     return (L[..., 0, :] - L[..., -1, :]).abs()
+
+
+def _decay(bits: Tensor) -> Tensor:
+    return bits.masked_fill(bits < -_ZERO_BITS, -math.inf).exp2_()
 
 
 def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
@@ -332,16 +337,14 @@ def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
 
 def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
     """Writes y `(c, b, g, q, e, p)` and takes the state `(b, g, n, e, p)` to the end of the segment."""
-    batch, groups, state_size, heads, head_dim = state.shape
-    size, steep = y.shape[3], chunks.steep
+    size, steep, (batch, groups, state_size, heads, head_dim) = y.shape[3], chunks.steep, state.shape
     sources = state.new_empty(batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :size], sources[:, :, size:]
     read = state.new_empty(batch, groups, size, heads, head_dim)
     sources_, written_, entered_, read_ = (_rows(tensor) for tensor in (sources, written, entered, read))
+    weights, v = torch.cat([chunks.T, chunks.C], dim=3), chunks.v * chunks.delta.unsqueeze(-1)
+    steep_decay, steep_states = chunks.steep_decay(slice(-1, None)), []
     torch.mul(state, chunks.enter, out=entered)
-    steep_decay = chunks.steep_decay()
-    steep_entered = []
-    v, weights = chunks.v * chunks.delta.unsqueeze(-1), torch.cat([chunks.T, chunks.C], dim=3)
     for c, (x_, u_, v_, D_, weights_, B_, leave_, y_) in enumerate(
         zip(chunks.x, chunks.u, v, chunks.D, weights, chunks.B.mT, chunks.leave, y, strict=True)
     ):
@@ -349,27 +352,36 @@ def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
         torch.bmm(weights_, sources_, out=read_)
         torch.addcmul(read.mul_(u_), x_, D_, out=y_)
         if len(steep):
-            steep_entered.append(entered.index_select(3, steep))
-            entered.index_copy_(3, steep, steep_entered[-1] * steep_decay[c])
+            steep_states.append(entered.index_select(3, steep))
+            entered.index_copy_(3, steep, steep_states[-1] * steep_decay[c])
         entered_.baddbmm_(B_, written_)
         entered.mul_(leave_)
     state.copy_(entered)
-
     if len(steep):
-        steep_y = (chunks.C @ _rows(torch.stack(steep_entered), 1)).view(*y.shape[:4], len(steep), head_dim)
-        steep_y.mul_(_decay(chunks.L.index_select(4, steep)).to(y.dtype).unsqueeze(-1))
-        for some in chunks.some_steep():
-            heads = steep[some]
-            x, delta, L = (
-                chunks.x.index_select(4, heads),
-                chunks.delta.index_select(4, heads),
-                chunks.L.index_select(4, heads),
-            )
-            for part, u, v in _parts(L, y.dtype):
-                written = part.writers(x) * (v * part.writers(delta).unsqueeze(-1))
-                read = (part.weights(chunks.T) @ _rows(written, 1)).view(written.shape)
-                part.readers(steep_y[..., some, :]).addcmul_(read, u)
-        y.index_add_(4, steep, steep_y)
+        y.index_add_(4, steep, _read_in_steep_heads(chunks, torch.stack(steep_states)))
+
+
+def _read_in_steep_heads(chunks: _Chunks, states: Tensor) -> Tensor:
+    """What tokens read of each other and of the states before each chunk, `(c, b, g, n, steep heads, p)`."""
+    decay = chunks.steep_decay()
+    y = (chunks.C @ _rows(states, 1)).view(*decay.shape[:-1], -1).mul_(decay)
+    for some, heads, part, u, v in chunks.steep_parts():
+        x, delta = (part.writers(tensor.index_select(4, heads)) for tensor in (chunks.x, chunks.delta))
+        written = x * (v * delta.unsqueeze(-1))
+        read = part.weights(chunks.T) @ _rows(written, 1)
+        part.readers(y[..., some, :]).addcmul_(read.view(written.shape), u)
+    return y
+
+
+class _Gradients(NamedTuple):
+    """What the backward of a segment adds up."""
+
+    x: Tensor  # c b g q e p
+    reads: Tensor  # c b g q e, <gradient of y_t, what token t reads of the past>
+    writes: Tensor  # c b g q e, <gradient of what token s writes, what it writes>, without Δ
+    B: Tensor  # c r q n
+    C: Tensor  # c r q n
+    T: Tensor  # c r q q
 
 
 def _scan_segment_backward(
@@ -380,12 +392,10 @@ def _scan_segment_backward(
     Writes that of x `(c, b, g, q, e, p)`, takes that of the state to the start of the segment, and returns those of
     delta `(c, b, g, q, e)`, A and D `(g, e)`, and B and C `(c, b, g, q, n)`.
     """
-    batch, groups, state_size, heads, head_dim = state.shape
-    size, steep, delta = grad_y.shape[3], chunks.steep, chunks.delta.unsqueeze(-1)
+    size, steep, (batch, groups, state_size, heads, head_dim) = grad_y.shape[3], chunks.steep, state.shape
     sources = state.new_empty(len(grad_y), batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :, :size], sources[:, :, :, size:]
-    v = chunks.v * delta
-    steep_decay = chunks.steep_decay()
+    v, steep_decay = chunks.v * chunks.delta.unsqueeze(-1), chunks.steep_decay(slice(-1, None))
     torch.mul(chunks.x, v, out=written)
     state = state * chunks.enter
     for c, (written_, B_, leave_) in enumerate(zip(_rows(written, 1), chunks.B.mT, chunks.leave, strict=True)):
@@ -394,79 +404,98 @@ def _scan_segment_backward(
             state.index_copy_(3, steep, state.index_select(3, steep) * steep_decay[c])
         _rows(state).baddbmm_(B_, written_)
         state.mul_(leave_)
-    crossing = (state * grad_state).sum(dim=(2, 4), dtype=torch.float64)  # b g e: what passes the end of the segment
-
     grads = torch.empty_like(sources[0])
     grad_read, grad_left = grads[:, :, :size], grads[:, :, size:]
-    grad_written = torch.empty_like(chunks.x[0], memory_format=torch.contiguous_format)
-    grads_, grad_read_, grad_left_, grad_written_ = (_rows(t) for t in (grads, grad_read, grad_left, grad_written))
-    grad_left.copy_(grad_state)
+    grad_written = torch.empty_like(grad_read, memory_format=torch.contiguous_format)
     weights, transposed = torch.cat([chunks.T, chunks.C], 3), torch.cat([chunks.T.mT, chunks.B], 3)
     grad_weights, grad_B = torch.empty_like(weights), torch.empty_like(chunks.B)
     reads, writes = torch.empty_like(chunks.delta), torch.empty_like(chunks.delta)
-    if len(steep):
-        steep_u = _decay(chunks.L.index_select(4, steep)).to(delta.dtype).unsqueeze(-1)
-        steep_grad_read = grad_y.index_select(4, steep) * steep_u
+    passing = chunks.delta.new_empty(len(grad_y) + 1, batch, groups, heads)  # between chunks: <state, its gradient>
+    grad_steep_read = grad_y.index_select(4, steep) * chunks.steep_decay()
+    passing[-1] = (state * grad_state).sum(dim=(2, 4))
+    grad_left.copy_(grad_state)
     for c in reversed(range(len(grad_y))):
         grad_left.mul_(chunks.leave[c])
         torch.mul(grad_y[c], chunks.u[c], out=grad_read)
-        torch.bmm(transposed[c], grads_, out=grad_written_)
-        torch.bmm(_rows(written[c]), grad_left_.mT, out=grad_B[c])
-        per_head = grad_read.transpose(2, 3) @ sources[c].permute(0, 1, 3, 4, 2)  # b g e q and what they read
+        torch.bmm(transposed[c], _rows(grads), out=_rows(grad_written))
+        torch.bmm(_rows(written[c]), _rows(grad_left).mT, out=grad_B[c])
+        per_head = grad_read.transpose(2, 3) @ sources[c].permute(0, 1, 3, 4, 2)  # b g e q and what it reads
         torch.sum(per_head.flatten(0, 1), dim=1, out=grad_weights[c])
         reads[c] = per_head.mul_(weights[c].view(batch, groups, 1, size, -1)).sum(dim=-1).transpose(2, 3)
         writes[c] = (chunks.x[c] * grad_written).sum(dim=-1)
         torch.mul(grad_y[c], chunks.D[c], out=grad_x[c]).addcmul_(grad_written, v[c])
-        grad_left_.baddbmm_(chunks.C[c].mT, grad_read_)
+        _rows(grad_left).baddbmm_(chunks.C[c].mT, _rows(grad_read))
         if len(steep):
-            left = grad_left.index_select(3, steep) * steep_decay[c]
-            _rows(left).baddbmm_(chunks.C[c].mT, _rows(steep_grad_read[c]))
-            grad_left.index_copy_(3, steep, left)
+            grad_steep = grad_left.index_select(3, steep).mul_(steep_decay[c])
+            _rows(grad_steep).baddbmm_(chunks.C[c].mT, _rows(grad_steep_read[c]))
+            grad_left.index_copy_(3, steep, grad_steep)
+        passing[c] = (entered[c] * grad_left).sum(dim=(2, 4))
     torch.mul(grad_left, chunks.enter, out=grad_state)
-    writes.mul_(chunks.v.squeeze(-1))
+
     grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
-
+    gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_B, grad_C, grad_T)
     if len(steep):
-        steep_entered = _rows(entered.index_select(4, steep), 1)
-        read = (chunks.C @ steep_entered).view(steep_grad_read.shape)
-        steep_reads = (steep_grad_read * read).sum(dim=-1)
-        steep_writes, steep_grad_x = torch.zeros_like(steep_reads), torch.zeros_like(read)
-        grad_C += _rows(steep_grad_read, 1) @ steep_entered.mT
-        for some in chunks.some_steep():
-            heads = steep[some]
-            x, delta_, L, grad = (t.index_select(4, heads) for t in (chunks.x, chunks.delta, chunks.L, grad_y))
-            for part, u, v in _parts(L, delta.dtype):
-                T, v_delta = part.weights(chunks.T), v * part.writers(delta_).unsqueeze(-1)
-                written, grad_read = part.writers(x) * v_delta, part.readers(grad) * u
-                read = (T @ _rows(written, 1)).view(written.shape)
-                grad_written = (T.mT @ _rows(grad_read, 1)).view(written.shape)
-                part.weights(grad_T).add_(_rows(grad_read, 1) @ _rows(written, 1).mT)
-                part.readers(steep_reads[..., some]).add_((grad_read * read).sum(dim=-1))
-                part.writers(steep_writes[..., some]).add_(
-                    (part.writers(x) * grad_written).sum(dim=-1) * v.squeeze(-1)
-                )
-                part.writers(steep_grad_x[..., some, :]).addcmul_(grad_written, v_delta)
-        reads.index_copy_(4, steep, steep_reads)
-        writes.index_add_(4, steep, steep_writes)
-        grad_x.index_add_(4, steep, steep_grad_x)
+        _read_in_steep_heads_backward(chunks, entered.index_select(4, steep), grad_y, grad_steep_read, gradients)
+    return _input_gradients(chunks, grad_y, passing, gradients)
 
-    itself = (grad_y * chunks.x).sum(dim=-1)  # the gradient of D + Δ C·B
-    grad_scores = grad_T.tril(-1)
-    grad_scores.diagonal(dim1=2, dim2=3).copy_((itself * chunks.delta).sum(dim=-1).flatten(1, 2))
-    grad_B += grad_scores.mT @ chunks.C
-    grad_C = grad_scores @ chunks.B + grad_C
 
-    # The log of a token's decay has as its gradient all that passes the token: what later tokens read, less what they
-    # and the tokens in between wrote themselves, plus what passes the end of the segment.
-    passing = (reads - writes * chunks.delta).double().permute(1, 2, 4, 0, 3).flatten(3)  # b g e tokens
-    passing = passing.flip(-1).cumsum(dim=-1).flip(-1) + crossing.unsqueeze(-1)
-    passing = passing.unflatten(-1, (-1, size)).permute(3, 0, 1, 4, 2).to(delta.dtype)
-    log_decay = chunks.delta * chunks.A.unsqueeze(1)
-    passing = passing.masked_fill(log_decay < -_ZERO_BITS * math.log(2), 0)  # not the rounding of the sum
-    grad_delta = writes + itself * chunks.CB + passing * chunks.A.unsqueeze(1)
-    grad_A = (passing * chunks.delta).sum(dim=(0, 1, 3))
-    grad_B, grad_C = (grad.unflatten(1, (batch, groups)) for grad in (grad_B, grad_C))
-    return grad_delta, grad_A, itself.sum(dim=(0, 1, 3)), grad_B, grad_C
+def _read_in_steep_heads_backward(
+    chunks: _Chunks, states: Tensor, grad_y: Tensor, grad_read: Tensor, gradients: _Gradients
+) -> None:
+    """Adds the gradients of `_read_in_steep_heads`, but for that of the states, which passes from chunk to chunk.
+
+    `grad_read` is that of C @ states `(c, b, g, q, steep heads, p)`.
+    """
+    read = (chunks.C @ _rows(states, 1)).view(grad_read.shape)
+    gradients.C.add_(_rows(grad_read, 1) @ _rows(states, 1).mT)
+    reads = (grad_read * read).sum(dim=-1)
+    writes, grad_x = torch.zeros_like(reads), torch.zeros_like(read)
+    for some, heads, part, u, v in chunks.steep_parts():
+        x, delta = (part.writers(tensor.index_select(4, heads)) for tensor in (chunks.x, chunks.delta))
+        T, v_delta = part.weights(chunks.T), v * delta.unsqueeze(-1)
+        written, grad_read = x * v_delta, part.readers(grad_y.index_select(4, heads)) * u
+        read = (T @ _rows(written, 1)).view(written.shape)
+        grad_written = (T.mT @ _rows(grad_read, 1)).view(written.shape)
+        part.weights(gradients.T).add_(_rows(grad_read, 1) @ _rows(written, 1).mT)
+        part.readers(reads[..., some]).add_((grad_read * read).sum(dim=-1))
+        part.writers(writes[..., some]).add_((x * grad_written).sum(dim=-1).mul_(v.squeeze(-1)))
+        part.writers(grad_x[..., some, :]).addcmul_(grad_written, v_delta)
+    gradients.reads.index_add_(4, chunks.steep, reads)
+    gradients.writes.index_add_(4, chunks.steep, writes)
+    gradients.x.index_add_(4, chunks.steep, grad_x)
+
+
+def _input_gradients(
+    chunks: _Chunks, grad_y: Tensor, passing: Tensor, gradients: _Gradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of delta, A, D, B and C, from those of a segment's products and what passes between its chunks."""
+    grad_D = (grad_y * chunks.x).sum(dim=-1)  # c b g q e, of D + Δ C·B
+    grad_scores = gradients.T.tril(-1)
+    grad_scores.diagonal(dim1=2, dim2=3).copy_((grad_D * chunks.delta).sum(dim=-1).flatten(1, 2))
+    grad_B = gradients.B + grad_scores.mT @ chunks.C
+    grad_C = gradients.C + grad_scores @ chunks.B
+
+    A = chunks.A.unsqueeze(1)
+    grad_log = _passing_tokens(gradients.reads, gradients.writes * chunks.delta, passing).to(A.dtype)
+    grad_delta = gradients.writes + grad_D * chunks.CB + grad_log * A
+    grad_A = (grad_log * chunks.delta).sum(dim=(0, 1, 3))
+    grad_B, grad_C = (grad.unflatten(1, tuple(chunks.delta.shape[1:3])) for grad in (grad_B, grad_C))
+    return grad_delta, grad_A, grad_D.sum(dim=(0, 1, 3)), grad_B, grad_C
+
+
+def _passing_tokens(reads: Tensor, writes: Tensor, passing: Tensor) -> Tensor:
+    """What passes each token, which is the gradient of the logarithm of its decay: `(c, b, g, q, e)`.
+
+    This is what the token and later ones in its chunk read, less what they wrote, plus what passes the end of the
+    chunk. It is also what passes the start, plus what earlier tokens wrote, less what they read. The terms may be much
+    larger than their sum, so each token takes the way with the smaller terms. `passing` is `(c + 1, b, g, e)`.
+    """
+    change, size = (reads - writes).double(), (reads.abs() + writes.abs()).double()
+    before, size_before = change.cumsum(dim=3) - change, size.cumsum(dim=3) - size
+    start, end = (ends.unsqueeze(3) for ends in (passing[:-1], passing[1:]))
+    earlier, later = start - before, end + change.sum(dim=3, keepdim=True) - before
+    earlier_size, later_size = start.abs() + size_before, end.abs() + size.sum(dim=3, keepdim=True) - size_before
+    return torch.where(earlier_size < later_size, earlier, later)
 
 
 def _shares(x: Tensor, B: Tensor) -> list[_Share]:
@@ -527,6 +556,7 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
     started = Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread takes over the number of the others when it first asks for it
         torch.set_num_threads(1)
         started.wait()
 
