@@ -27,7 +27,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What tests/helpers/interpreted_kernels.py writes: a pair a case, the kernels' tensors and the PyTorch engine's."""
+    """The output of tests/helpers/interpreted_kernels.py: per case, tensors of the kernels and of the PyTorch engine."""
     output = tmp_path_factory.mktemp("kernels") / "results.pt"
     script = Path(__file__).parent / "helpers" / "interpreted_kernels.py"
     subprocess.run([sys.executable, script, output], check=True)
@@ -35,7 +35,7 @@ def results(tmp_path_factory):
 
 
 def assert_all_close(results: tuple[dict, dict], tolerance: float):
-    """Every tensor within `tolerance` of the largest entry of what it has to equal."""
+    """Every tensor equals the expected one within `tolerance` of its largest entry."""
     actual, expected = results
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -45,7 +45,8 @@ _MAX_BITS = 120.0
 # Decays of more bits are zero. Denormal numbers, which begin at 126 bits, would slow the products down a hundredfold.
 _ZERO_BITS = 110.0
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def chunk_scan(
@@ -128,6 +129,10 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_y, grad_last = grads
+        if (
+            grad_y.stride(-1) != 1
+        ):  # the gradient of a sum has no strides, which operations would go through one by one
+            grad_y = grad_y.contiguous()
         x, delta, A, B, C, D, *kept = ctx.saved_tensors
         tensors, dtype, steps = (x, delta, A, B, C, D), A.dtype, len(ctx.segments)
         grad_x, grad_delta = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, delta))
@@ -283,35 +288,38 @@ class _Chunks(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Parts of a chunk of `size` tokens: of each pair the second reads the first, or, alone, each reads itself."""
+    """Parts of a chunk, `size` tokens each. Of a pair the second reads the first; a part alone reads itself."""
 
     size: int
-    count: int
+    pairs: bool
 
     def readers(self, tensor: Tensor) -> Tensor:
         """`(c, b, g, q, ...)` to `(c, b, g, parts, size, ...)`, a view."""
-        return tensor.unflatten(3, (-1, self.count, self.size)).select(4, self.count - 1)
+        return self._split(tensor, 3).select(4, -1)
 
     def writers(self, tensor: Tensor) -> Tensor:
         """The same of those that are read."""
-        return tensor.unflatten(3, (-1, self.count, self.size)).select(4, 0)
+        return self._split(tensor, 3).select(4, 0)
 
     def weights(self, T: Tensor) -> Tensor:
         """`(c, r, q, q)` to `(c, r, parts, size, size)`, a view."""
-        T = T.unflatten(3, (-1, self.count, self.size)).unflatten(2, (-1, self.count, self.size))
-        return T[:, :, :, self.count - 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)
+        blocks = self._split(self._split(T, 3), 2)[:, :, :, -1, :, :, 0]
+        return blocks.diagonal(dim1=2, dim2=4).movedim(-1, 2)
+
+    def _split(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor.unflatten(dim, (-1, 2 if self.pairs else 1, self.size))
 
 
 def _parts(L: Tensor) -> Iterator[tuple[_Part, Tensor, Tensor]]:
     """Divides chunks until L `(c, b, g, q, e)` spans at most `_MAX_BITS` in what is left; yields u and v with it."""
     size = L.shape[3]
-    while size > 1 and _span(_Part(size, 1).readers(L)).max() > _MAX_BITS:
+    while size > 1 and _span(_Part(size, pairs=False).readers(L)).max() > _MAX_BITS:
         size //= 2
-        part = _Part(size, 2)
+        part = _Part(size, pairs=True)
         boundary = part.writers(L)[..., -1:, :]
         yield part, _decay(part.readers(L) - boundary), _decay(boundary - part.writers(L))
     if size > 1:
-        part = _Part(size, 1)
+        part = _Part(size, pairs=False)
         L = part.readers(L)
         middle = (L[..., :1, :] + L[..., -1:, :]) / 2
         yield part, (L - middle).exp2(), (middle - L).exp2()
@@ -379,6 +387,7 @@ class _Gradients(NamedTuple):
     x: Tensor  # c b g q e p
     reads: Tensor  # c b g q e, <gradient of y_t, what token t reads of the past>
     writes: Tensor  # c b g q e, <gradient of what token s writes, what it writes>, without Δ
+    D: Tensor  # c b g q e
     B: Tensor  # c r q n
     C: Tensor  # c r q n
     T: Tensor  # c r q q
@@ -406,37 +415,44 @@ def _scan_segment_backward(
         state.mul_(leave_)
     grads = torch.empty_like(sources[0])
     grad_read, grad_left = grads[:, :, :size], grads[:, :, size:]
-    grad_written = torch.empty_like(grad_read, memory_format=torch.contiguous_format)
+    grad_written, product = (torch.empty_like(grad_read, memory_format=torch.contiguous_format) for _ in range(2))
     weights, transposed = torch.cat([chunks.T, chunks.C], 3), torch.cat([chunks.T.mT, chunks.B], 3)
+    per_head = state.new_empty(batch * groups * heads, size, size + state_size)
     grad_weights, grad_B = torch.empty_like(weights), torch.empty_like(chunks.B)
-    reads, writes = torch.empty_like(chunks.delta), torch.empty_like(chunks.delta)
+    reads, writes, grad_D = (torch.empty_like(chunks.delta) for _ in range(3))
     passing = chunks.delta.new_empty(len(grad_y) + 1, batch, groups, heads)  # between chunks: <state, its gradient>
     grad_steep_read = grad_y.index_select(4, steep) * chunks.steep_decay()
-    passing[-1] = (state * grad_state).sum(dim=(2, 4))
+    passing[-1] = state.mul_(grad_state).sum(dim=(2, 4))
     grad_left.copy_(grad_state)
     for c in reversed(range(len(grad_y))):
+        x_, grad_y_ = chunks.x[c], grad_y[c]
         grad_left.mul_(chunks.leave[c])
-        torch.mul(grad_y[c], chunks.u[c], out=grad_read)
+        torch.mul(grad_y_, chunks.u[c], out=grad_read)
         torch.bmm(transposed[c], _rows(grads), out=_rows(grad_written))
         torch.bmm(_rows(written[c]), _rows(grad_left).mT, out=grad_B[c])
-        per_head = grad_read.transpose(2, 3) @ sources[c].permute(0, 1, 3, 4, 2)  # b g e q and what it reads
-        torch.sum(per_head.flatten(0, 1), dim=1, out=grad_weights[c])
-        reads[c] = per_head.mul_(weights[c].view(batch, groups, 1, size, -1)).sum(dim=-1).transpose(2, 3)
-        writes[c] = (chunks.x[c] * grad_written).sum(dim=-1)
-        torch.mul(grad_y[c], chunks.D[c], out=grad_x[c]).addcmul_(grad_written, v[c])
+        # What each head's tokens read, times its gradient: summed over heads, and weighted and summed over sources.
+        torch.bmm(
+            grad_read.transpose(2, 3).flatten(0, 2), sources[c].permute(0, 1, 3, 4, 2).flatten(0, 2), out=per_head
+        )
+        by_head = per_head.view(batch * groups, heads, size, -1)
+        torch.sum(by_head, dim=1, out=grad_weights[c])
+        reads[c] = by_head.mul_(weights[c].unsqueeze(1)).sum(dim=-1).mT.view(reads[c].shape)
+        writes[c] = torch.mul(x_, grad_written, out=product).sum(dim=-1)
+        grad_D[c] = torch.mul(x_, grad_y_, out=product).sum(dim=-1)
+        torch.addcmul(grad_written.mul_(v[c]), grad_y_, chunks.D[c], out=grad_x[c])
         _rows(grad_left).baddbmm_(chunks.C[c].mT, _rows(grad_read))
         if len(steep):
             grad_steep = grad_left.index_select(3, steep).mul_(steep_decay[c])
             _rows(grad_steep).baddbmm_(chunks.C[c].mT, _rows(grad_steep_read[c]))
             grad_left.index_copy_(3, steep, grad_steep)
-        passing[c] = (entered[c] * grad_left).sum(dim=(2, 4))
+        passing[c] = torch.mul(entered[c], grad_left, out=state).sum(dim=(2, 4))
     torch.mul(grad_left, chunks.enter, out=grad_state)
 
     grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
-    gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_B, grad_C, grad_T)
+    gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_D, grad_B, grad_C, grad_T)
     if len(steep):
         _read_in_steep_heads_backward(chunks, entered.index_select(4, steep), grad_y, grad_steep_read, gradients)
-    return _input_gradients(chunks, grad_y, passing, gradients)
+    return _input_gradients(chunks, passing, gradients)
 
 
 def _read_in_steep_heads_backward(
@@ -465,21 +481,17 @@ def _read_in_steep_heads_backward(
     gradients.x.index_add_(4, chunks.steep, grad_x)
 
 
-def _input_gradients(
-    chunks: _Chunks, grad_y: Tensor, passing: Tensor, gradients: _Gradients
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _input_gradients(chunks: _Chunks, passing: Tensor, gradients: _Gradients) -> tuple[Tensor, ...]:
     """The gradients of delta, A, D, B and C, from those of a segment's products and what passes between its chunks."""
-    grad_D = (grad_y * chunks.x).sum(dim=-1)  # c b g q e, of D + Δ C·B
+    A, grad_D = chunks.A.unsqueeze(1), gradients.D
     grad_scores = gradients.T.tril(-1)
     grad_scores.diagonal(dim1=2, dim2=3).copy_((grad_D * chunks.delta).sum(dim=-1).flatten(1, 2))
     grad_B = gradients.B + grad_scores.mT @ chunks.C
     grad_C = gradients.C + grad_scores @ chunks.B
-
-    A = chunks.A.unsqueeze(1)
     grad_log = _passing_tokens(gradients.reads, gradients.writes * chunks.delta, passing).to(A.dtype)
     grad_delta = gradients.writes + grad_D * chunks.CB + grad_log * A
     grad_A = (grad_log * chunks.delta).sum(dim=(0, 1, 3))
-    grad_B, grad_C = (grad.unflatten(1, tuple(chunks.delta.shape[1:3])) for grad in (grad_B, grad_C))
+    grad_B, grad_C = (grad.unflatten(1, tuple(grad_D.shape[1:3])) for grad in (grad_B, grad_C))
     return grad_delta, grad_A, grad_D.sum(dim=(0, 1, 3)), grad_B, grad_C
 
 
