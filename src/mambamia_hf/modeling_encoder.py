@@ -48,9 +48,9 @@ class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
             zero where `frame_mask` is False.
         pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * tokens_per_frame, hidden_size)`):
             The tokens of the kept frames of each video: what the language model reads.
-        hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True` or
-        `output_attentions=True`):
-            Of each layer of the vision tower, for the frames of all videos in turn, without padding.
+        hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
+            Of each layer of the vision tower, for the frames of all videos in turn, without padding; with
+            `output_hidden_states=True` or `output_attentions=True`.
         frame_deltas (`torch.FloatTensor` of shape `(num_videos, num_frames)`, *optional*):
             Δ, the importance of each frame. None without a temporal layer.
         keep_mask (`torch.BoolTensor` of shape `(num_videos, num_frames)`, *optional*):

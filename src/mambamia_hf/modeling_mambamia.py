@@ -76,14 +76,13 @@ class _MediaProperties:
 
 @dataclass
 class MambaMiaModelOutputWithPast(_MediaProperties, BaseModelOutputWithPast):
-    """
+    """The fields of `BaseModelOutputWithPast`, where a Mamba's cache keeps its own name, and:
+
     Args:
         image_outputs, video_outputs (`MambaMiaFeaturesOutput`, *optional*):
             Features of the images and of the videos.
         token_indices (`torch.LongTensor` of shape `(batch_size, kept_length)`, *optional*):
             Where frames were dropped: the position in the prompt of each token that is left, -1 for padding.
-
-        The other fields are those of `BaseModelOutputWithPast`; a Mamba's cache keeps its own name.
     """
 
     image_outputs: MambaMiaFeaturesOutput | None = None
@@ -93,14 +92,13 @@ class MambaMiaModelOutputWithPast(_MediaProperties, BaseModelOutputWithPast):
 
 @dataclass
 class MambaMiaCausalLMOutputWithPast(_MediaProperties, CausalLMOutputWithPast):
-    """
+    """The fields of [`MambaMiaModelOutputWithPast`] but `last_hidden_state`, and:
+
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
             Next-token loss, plus the cost of Δ where the configuration has a `delta_loss_coef`.
         logits (`torch.FloatTensor` of shape `(batch_size, kept_length, vocab_size)`):
             Scores of the next token, for the tokens that are left where frames were dropped.
-
-        The other fields are those of [`MambaMiaModelOutputWithPast`].
     """
 
     image_outputs: MambaMiaFeaturesOutput | None = None
@@ -332,8 +330,9 @@ class MambaMiaModel(MambaMiaEncoderBase):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The prompt, with one placeholder per token of its images and videos; see `embed_multimodal`.
             pixel_values, patch_features: the images, in order; see `get_image_features`.
-            pixel_values_videos, patch_features_videos, frame_mask, num_kept_frames, keep_frames, keep_ratio,
-            delta_threshold, delta_min_frames: the videos, in order, and their selection; see `get_video_features`.
+            pixel_values_videos, patch_features_videos, frame_mask: the videos, in order; see `get_video_features`.
+            num_kept_frames, keep_frames, keep_ratio, delta_threshold, delta_min_frames: the selection of their frames;
+                see `get_video_features`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): of the prompt.

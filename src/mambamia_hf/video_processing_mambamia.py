@@ -229,7 +229,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
 
         Raises:
             ValueError: if both are given, if the video has fewer than `num_frames` frames, or if `fps` is given for
-            a video of unknown frame rate.
+                a video of unknown frame rate.
         """
         if num_frames is not None and fps is not None:
             raise ValueError(
