@@ -81,21 +81,7 @@ class _RegistersOnImport(MetaPathFinder, Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        if f"{__name__}.auto" in sys.modules:
-            return
-        # Modules of this package that are importing Transformers right now are unfinished, and `auto` needs them: it
-        # imports them anew, and Python goes on with those.
-        prefix = f"{__name__}."
-        unfinished = {
-            name: module
-            for name, module in sys.modules.items()
-            if name.startswith(prefix) and getattr(module.__spec__, "_initializing", False)
-        }
-        for name in unfinished:
-            del sys.modules[name]
         import_module(".auto", __name__)
-        for name, module in unfinished.items():
-            sys.modules.setdefault(name, module)
 
 
 if "transformers" in sys.modules:
