@@ -5,7 +5,7 @@ from tiny_model import tiny_compressor_config
 from torch import nn
 
 from mambamia_hf import MambaMiaCompressor
-from mambamia_hf.convert_original_checkpoint import compressor_from_original
+from mambamia_hf.convert import compressor_from_original
 from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation
 
 

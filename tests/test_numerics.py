@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import IMAGE_SIZE, NUM_ANCHORS, VIDEO_TOKEN, random_videos, tiny_model
 
-from mambamia_hf import compressor_segments, ssd
+from mambamia_hf import compressor_segments, ssd_cpu
 
 
 def prompt(num_frames: int) -> torch.Tensor:
@@ -93,9 +93,9 @@ def test_result_does_not_depend_on_how_it_is_computed(monkeypatch):
         monkeypatch.setitem(compressor_segments.SEGMENT_TOKENS, "cpu", segment_tokens)
         check()
     for chunk_size in (1, 7, 64):
-        monkeypatch.setitem(ssd._MAX_CHUNK_SIZE, "cpu", chunk_size)
+        monkeypatch.setitem(ssd_cpu._CHUNK_SIZE, "cpu", chunk_size)
         check()
-    monkeypatch.setitem(ssd._MAX_HEADS, "cpu", 1)
+    monkeypatch.setitem(ssd_cpu._MAX_HEADS, "cpu", 1)
     check()
-    monkeypatch.setattr(ssd, "_BLOCK_CHUNKS", 1)
+    monkeypatch.setattr(ssd_cpu, "_SEGMENT_CHUNKS", 1)
     check()

@@ -33,16 +33,16 @@ def recurrence(u, delta, A, B, C, D):
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 37, 200])
-@pytest.mark.parametrize("block_elements", [1, 2**20])
-def test_equals_recurrence(length, block_elements, monkeypatch):
-    monkeypatch.setitem(module._BLOCK_ELEMENTS, "cpu", block_elements)
+@pytest.mark.parametrize("segment_elements", [1, 2**20])
+def test_equals_recurrence(length, segment_elements, monkeypatch):
+    monkeypatch.setitem(module._SEGMENT_ELEMENTS, "cpu", segment_elements)
     inputs = scan_inputs(length=length)
     torch.testing.assert_close(selective_scan(*inputs), recurrence(*inputs))
 
 
-@pytest.mark.parametrize("block_elements", [1, 2**20])
-def test_gradient_equals_recurrence(block_elements, monkeypatch):
-    monkeypatch.setitem(module._BLOCK_ELEMENTS, "cpu", block_elements)
+@pytest.mark.parametrize("segment_elements", [1, 2**20])
+def test_gradient_equals_recurrence(segment_elements, monkeypatch):
+    monkeypatch.setitem(module._SEGMENT_ELEMENTS, "cpu", segment_elements)
     ours, theirs = scan_inputs(length=70, grad=True), scan_inputs(length=70, grad=True)
     selective_scan(*ours).square().sum().backward()
     recurrence(*theirs).square().sum().backward()

@@ -28,6 +28,9 @@ __all__ = [
     "select_frames",
 ]
 
+# These import nothing heavy, so that the command line answers at once.
+_LIGHT_MODULES = ("__main__", "cli", "files", "inputs")
+
 # Folder of the small checkpoint that comes with the package.
 BUNDLED_CHECKPOINT = str(Path(__file__).parent / "checkpoint")
 
@@ -56,10 +59,14 @@ def __dir__() -> list[str]:
 
 
 class _RegistersOnImport(MetaPathFinder, Loader):
-    """Loads Transformers as usual, then registers the classes of this package with its Auto classes."""
+    """Registers the classes of this package with Transformers' Auto classes.
+
+    It does so right after the first import of Transformers, or of a module of this package that needs it.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != "transformers":
+        package, _, module = fullname.partition(".")
+        if fullname != "transformers" and (package != __name__ or module.partition(".")[0] in _LIGHT_MODULES):
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
@@ -74,21 +81,7 @@ class _RegistersOnImport(MetaPathFinder, Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        if f"{__name__}.auto" in sys.modules:
-            return
-        # Modules of this package that are importing Transformers right now are unfinished, and `auto` needs them: it
-        # imports them anew, and Python goes on with those.
-        prefix = f"{__name__}."
-        unfinished = {
-            name: module
-            for name, module in sys.modules.items()
-            if name.startswith(prefix) and getattr(module.__spec__, "_initializing", False)
-        }
-        for name in unfinished:
-            del sys.modules[name]
         import_module(".auto", __name__)
-        for name, module in unfinished.items():
-            sys.modules.setdefault(name, module)
 
 
 if "transformers" in sys.modules:

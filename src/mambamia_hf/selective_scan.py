@@ -1,4 +1,6 @@
-"""The state-space scan of Mamba-1 (Gu and Dao 2023), as a pure function with the two engines of `ssd.py`.
+"""The state-space scan of Mamba-1 (Gu and Dao 2023), as a pure function.
+
+As in `ssd.py`, the official kernels run on CUDA where they can be imported, and PyTorch everywhere else.
 
 Letters in the shapes: b batch, l length, d channels, n state size, c chunks, q tokens of a chunk.
 """
@@ -9,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 
-# Tokens of a chunk are walked one after the other, chunks all at once; a block of chunks is what is held.
+# Tokens of a chunk are computed one after the other, all chunks of a segment at once.
 _CHUNK_SIZE = 32
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# Elements of the states of a segment's chunks, which are held together.
+_SEGMENT_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
 def selective_scan(
@@ -22,10 +25,10 @@ def selective_scan(
     C: Tensor,
     D: Tensor,
 ) -> Tensor:
-    r"""$h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t u_t$, $y_t = C_t h_t + D u_t$, with a state of size n a channel.
+    r"""$h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t u_t$, $y_t = C_t h_t + D u_t$, with n states per channel.
 
-    The PyTorch engine is linear in the length and keeps one block of chunks; its backward recomputes the blocks. It
-    computes in float32 (float64 for float64 inputs).
+    Time is linear in the length. The PyTorch engine holds one segment of the sequence at a time, which its backward
+    computes again. It computes in float32, or float64 for float64 inputs.
 
     Args:
         u: `(b, l, d)`.
@@ -48,13 +51,13 @@ def _torch_selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Ten
     dtype = torch.promote_types(u.dtype, torch.float32)
     tokenwise = [tensor.mT.to(dtype) for tensor in (u, delta, B, C)]
     state = u.new_zeros(u.shape[0], *A.shape, dtype=dtype)
-    budget = _BLOCK_ELEMENTS.get(u.device.type, _BLOCK_ELEMENTS["cuda"])
-    block_length = _CHUNK_SIZE * max(1, budget // state.numel())
-    y = []
-    for block in zip(*(tensor.split(block_length, dim=1) for tensor in tokenwise), strict=True):
-        block_y, state = checkpoint(_scan_block, *block, A.to(dtype), state, use_reentrant=False)
-        y.append(block_y)
-    y = torch.cat(y, dim=1) + tokenwise[0] * D.to(dtype)
+    budget = _SEGMENT_ELEMENTS.get(u.device.type, _SEGMENT_ELEMENTS["cuda"])
+    segment_length = _CHUNK_SIZE * max(1, budget // state.numel())
+    outputs = []
+    for segment in zip(*(tensor.split(segment_length, dim=1) for tensor in tokenwise), strict=True):
+        y, state = checkpoint(_scan_segment, *segment, A.to(dtype), state, use_reentrant=False)
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1) + tokenwise[0] * D.to(dtype)
     return y.to(u.dtype).mT
 
 
@@ -64,14 +67,18 @@ _kernel_selective_scan = use_kernel_func_from_hub_with_fallback("selective_scan_
 )
 
 
-def _scan_block(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _scan_segment(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """From the state `(b, d, n)` before the segment: y `(b, l, d)` without the skip, and the state after it.
+
+    Each chunk is scanned twice: from zero, which gives what it adds to the state, and from the state that enters it.
+    """
     length = u.shape[1]
     padding = -length % _CHUNK_SIZE  # a step of size zero neither decays the state nor adds to it
     u, delta, B, C = (
         nn.functional.pad(tensor, (0, 0, 0, padding)).unflatten(1, (-1, _CHUNK_SIZE)) for tensor in (u, delta, B, C)
     )  # b c q ...
 
-    def walk(states: Tensor) -> tuple[Tensor, Tensor]:
+    def scan_chunks(states: Tensor) -> tuple[Tensor, Tensor]:
         """From the states `(b, c, d, n)` that enter the chunks: y `(b, c, q, d)` and the states that leave them."""
         y = []
         for t in range(_CHUNK_SIZE):
@@ -80,11 +87,11 @@ def _scan_block(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state
             y.append((states @ C[:, :, t, :, None]).squeeze(-1))
         return torch.stack(y, dim=2), states
 
-    _, added = walk(torch.zeros_like(state)[:, None].expand(-1, u.shape[1], -1, -1))
+    _, added = scan_chunks(torch.zeros_like(state)[:, None].expand(-1, u.shape[1], -1, -1))
     decay = (delta.sum(dim=2).unsqueeze(-1) * A).exp()
     entering = []
     for chunk in range(u.shape[1]):
         entering.append(state)
         state = state * decay[:, chunk] + added[:, chunk]
-    y, _ = walk(torch.stack(entering, dim=1))
+    y, _ = scan_chunks(torch.stack(entering, dim=1))
     return y.flatten(1, 2)[:, :length], state

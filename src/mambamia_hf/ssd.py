@@ -1,26 +1,18 @@
 """The state-space scan of Mamba2 (SSD; Dao and Gu 2024) and its causal convolution, as pure functions.
 
-One signature, two engines, chosen by the device of the tensors at every call: CUDA tensors go to the official
-kernels where they can be imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub), everything else to
-PyTorch. Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of
-a chunk.
-"""
+Every call picks its engine by the device of the tensors. On CUDA these are the official kernels where they can be
+imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else, and without the kernels on CUDA
+too, it is PyTorch: `ssd_cpu.py` computes what `ssd_reference` below says, faster. Under `torch.compile` and
+`torch.export` `ssd_reference` itself runs, as one graph.
 
-import math
-from typing import NamedTuple
+Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of a chunk.
+"""
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
-
-# Chunks longer than this cost more in the (q, q) weights than they save in the states.
-_MAX_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
-# Heads computed together: as many as stay in a CPU's cache, or as fill a GPU.
-_MAX_HEADS = {"cpu": 16, "cuda": 1024}
-# Chunks from one state that is kept for the gradient to the next.
-_BLOCK_CHUNKS = 16
+from . import ssd_cpu
 
 
 def ssd_chunk_scan(
@@ -39,9 +31,10 @@ def ssd_chunk_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The selective scan $h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t x_t$, $y_t = C_t h_t + D x_t$, chunk by chunk.
 
-    Names and meaning are those of mamba-ssm's `mamba_chunk_scan_combined`. The PyTorch engine walks over blocks of
-    chunks: its time is linear in the length, and beside inputs and outputs it holds one block. Step sizes, cumulative
-    sums and states are float32 (float64 for float64 inputs) whatever the type of the inputs.
+    Names and meaning are those of mamba-ssm's `mamba_chunk_scan_combined`. Time is linear in the length. Beside inputs
+    and outputs the PyTorch engine holds a few chunks, and for the gradient one state per 16 chunks. It computes in
+    float32, or float64 for float64 inputs, whatever the type of the inputs; the kernels round what goes into their
+    products to the type of x.
 
     Args:
         x: `(b, l, h, p)`.
@@ -90,7 +83,63 @@ def ssd_chunk_scan(
     )
 
 
-@torch.no_grad()
+def ssd_reference(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The scan as the SSD paper teaches it (Dao and Gu 2024, Listing 1), in numbered steps.
+
+    Args:
+        x: `(b, l, h, p)`.
+        delta: `(b, l, h)`, the step size Δ itself.
+        A: `(h,)`.
+        B: `(b, l, g, n)`.
+        C: `(b, l, g, n)`.
+        D: `(h,)`.
+        states: `(b, h, p, n)`, those before the first token.
+        chunk_size: length of a chunk.
+
+    Returns:
+        `y (b, l, h, p)` in the type of x, and the states after the last token `(b, h, p, n)`. `delta`, `A`, `D` and
+        states have the type that everything is computed in.
+    """
+    length, heads = x.shape[1:3]
+
+    def chunked(tensor: Tensor) -> Tensor:
+        """`(b, l, ...)` to `(b, c, q, ...)`, filled up with tokens of step size zero, which change nothing."""
+        padding = (0, 0) * (tensor.dim() - 2) + (0, -length % chunk_size)
+        return nn.functional.pad(tensor.to(A.dtype), padding).unflatten(1, (-1, chunk_size))
+
+    B, C = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (B, C))
+    x_, B, C, delta = chunked(x), chunked(B), chunked(C), chunked(delta)
+    log_decay = (delta * A).transpose(2, 3).cumsum(dim=-1)  # b c h q, from the start of the chunk to each token
+    written = x_ * delta.unsqueeze(-1)
+
+    # 1. What a token reads from its own chunk: Σ_s≤t (C_t·B_s) e^{decay from s to t} Δ_s x_s.
+    decay = _decay_between(log_decay)
+    y = torch.einsum("bcqhn,bcshn,bchqs,bcshp->bcqhp", C, B, decay, written)
+
+    # 2. What each chunk adds to the state: Σ_s e^{decay from s to its end} Δ_s x_s B_s.
+    to_end = (log_decay[..., -1:] - log_decay).exp()
+    added = torch.einsum("bcqhn,bchq,bcqhp->bchpn", B, to_end, written)
+
+    # 3. The states between chunks: the recurrence over chunks, which is step 1 with whole chunks for tokens.
+    total = nn.functional.pad(log_decay[..., -1].transpose(1, 2), (1, 0)).cumsum(dim=-1)  # b h c+1
+    states = torch.cat([states.unsqueeze(1), added], dim=1)
+    states = torch.einsum("bhzc,bchpn->bzhpn", _decay_between(total), states)
+
+    # 4. What a token reads from the state that entered its chunk: e^{decay to t} C_t h.
+    y = y + torch.einsum("bcqhn,bchpn,bchq->bcqhp", C, states[:, :-1], log_decay.exp())
+
+    y = (y + D.unsqueeze(-1) * x_).flatten(1, 2)[:, :length]
+    return y.to(x.dtype), states[:, -1]
+
+
+def _decay_between(log_decay: Tensor) -> Tensor:
+    """Cumulative sums `(..., t)` to the decay from each s to each t, `(..., t, s)`; zero where s is later than t."""
+    later = torch.ones(log_decay.shape[-1:] * 2, dtype=torch.bool, device=log_decay.device).triu(1)
+    return (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+
+
 def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states: Tensor | None = None) -> Tensor:
     """The states after the last token alone, at a fraction of the price of `ssd_chunk_scan` but without a gradient.
 
@@ -105,18 +154,13 @@ def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states
         `(b, h, p, n)`, in float32 (float64 for float64 inputs).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    final_states = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
+    return ssd_cpu.final_states(x, dt.to(dtype), A.to(dtype), B, _states(x, B, initial_states, dtype))
+
+
+def _states(x: Tensor, B: Tensor, initial_states: Tensor | None, dtype: torch.dtype) -> Tensor:
     if initial_states is not None:
-        final_states.copy_(initial_states)
-    for part in _parts(x, B):
-        states = part.take_states(final_states)
-        for piece in _pieces(x, x.shape[1]):
-            block = _Block.of(part, piece, x, dt.to(dtype), A.to(dtype), B)
-            added = block.x * (block.to_end * block.delta.unsqueeze(-1))
-            for added_, B_, decay in zip(added, block.B, block.decay, strict=True):
-                states.mul_(decay[:, -1:]).baddbmm_(B_.mT, added_)
-        part.put_states(states, final_states)
-    return final_states
+        return initial_states.to(dtype)
+    return x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
@@ -173,10 +217,10 @@ def _torch_chunk_scan(
     if dt_softplus:
         delta = nn.functional.softplus(delta)
     delta = delta.clamp(*dt_limit)
-    if initial_states is None:
-        initial_states = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
     skip = D if D is not None and D.dim() == 1 else torch.zeros_like(A)
-    y, final_states = _Scan.apply(x, delta, A.to(dtype), B, C, skip.to(dtype), initial_states.to(dtype), chunk_size)
+    states = _states(x, B, initial_states, dtype)
+    scan = ssd_reference if torch.compiler.is_compiling() else ssd_cpu.chunk_scan
+    y, final_states = scan(x, delta, A.to(dtype), B, C, skip.to(dtype), states, chunk_size)
     if D is not None and D.dim() == 2:
         y = y + (x * D).to(y.dtype)
     return (y, final_states) if return_final_states else y
@@ -189,223 +233,3 @@ _kernel_chunk_scan = use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_co
 _kernel_causal_conv1d = use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "causal_conv1d")(
     _torch_causal_conv1d
 )
-
-
-class _Piece(NamedTuple):
-    """Tokens that are a whole number of chunks."""
-
-    tokens: slice
-    chunk_size: int
-
-
-class _Part(NamedTuple):
-    """Heads of one group, in some rows of the batch, that are computed together: u of them, row after row."""
-
-    rows: slice
-    heads: slice
-    group: int
-
-    def by_chunk(self, tensor: Tensor, piece: _Piece) -> Tensor:
-        """`(b, l, h, ...)` to `(c, b, h, q, ...)`, a view."""
-        tensor = tensor[self.rows, piece.tokens, self.heads]
-        return tensor.unflatten(1, (-1, piece.chunk_size)).transpose(0, 1).transpose(2, 3)
-
-    def shared(self, tensor: Tensor) -> Tensor:
-        """B or C `(b, l, g, n)` as if each head had its own, `(b, l, h, n)`, a view."""
-        return tensor[:, :, self.group, None].expand(-1, -1, self.heads.stop, -1)
-
-    def by_head(self, tensor: Tensor) -> Tensor:
-        """`(h,)` to `(u, 1)`."""
-        return tensor[self.heads].repeat(self.rows.stop - self.rows.start).unsqueeze(-1)
-
-    def take_states(self, tensor: Tensor) -> Tensor:
-        """`(b, h, p, n)` to `(u, n, p)`, a copy."""
-        return tensor[self.rows, self.heads].mT.flatten(0, 1).clone(memory_format=torch.contiguous_format)
-
-    def put_states(self, states: Tensor, tensor: Tensor):
-        """The way back, into the tensor."""
-        target = tensor[self.rows, self.heads].mT
-        target.copy_(states.view(target.shape))
-
-
-class _Block(NamedTuple):
-    """A piece of a part."""
-
-    x: Tensor  # c u q p
-    B: Tensor  # c u q n
-    C: Tensor | None  # c u q n
-    delta: Tensor  # c u q
-    log_decay: Tensor  # c u q: base 2, float64, from the start of the chunk to each token, inclusive
-    decay: Tensor  # c u q 1: the same as a factor
-    to_end: Tensor  # c u q 1: the factor from each token to the end of the chunk
-
-    @classmethod
-    def of(
-        cls, part: _Part, piece: _Piece, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor | None = None
-    ) -> "_Block":
-        shared = [None if tensor is None else part.shared(tensor) for tensor in (B, C)]
-        x, delta, B, C = (
-            None if tensor is None else part.by_chunk(tensor, piece).flatten(1, 2).to(A.dtype)
-            for tensor in (x, delta, *shared)
-        )
-        # Only differences of these sums count, and float32 would round a long sum by more than they should suffer.
-        log_decay = (delta * (part.by_head(A).double() / math.log(2))).cumsum(dim=-1)
-        to_end = log_decay[..., -1:] - log_decay
-        decay, to_end = (tensor.exp2().to(A.dtype).unsqueeze(-1) for tensor in (log_decay, to_end))
-        return cls(x, B, C, delta, log_decay, decay, to_end)
-
-    def scores(self, heads: int) -> Tensor:
-        """C_t·B_s `(c, u, q, q)`, computed once for all heads of a row."""
-        scores = self.C[:, ::heads] @ self.B[:, ::heads].mT
-        return scores.unsqueeze(2).expand(-1, -1, heads, -1, -1).flatten(1, 2)
-
-
-def _scan_block(block: _Block, D: Tensor, states: Tensor, y: Tensor):
-    """Writes y `(c, b, h, q, p)` and takes the states `(u, n, p)` to the end of the block: SSD's Listing 1."""
-    x, B, C, delta, log_decay, decay, to_end = block
-    scores = block.scores(y.shape[2])
-    weights = x.new_empty(scores.shape[1:])
-    within, from_state, added = (x.new_empty(x.shape[1:]) for _ in range(3))
-    # With Δ in the exponents and D on the diagonal, x is taken as it is.
-    log_source = log_decay - delta.log2()
-    to_end = to_end * delta.unsqueeze(-1)
-    for x_, B_, C_, scores_, log_decay_, log_source_, decay_, to_end_, y_ in zip(
-        x, B, C, scores, log_decay, log_source, decay, to_end, y, strict=True
-    ):
-        # 1. What a token reads from its own chunk: Σ_s≤t (C_t·B_s) e^{decay from s to t} Δ_s x_s, and the skip D x_t.
-        torch.sub(log_decay_.unsqueeze(-1), log_source_.unsqueeze(-2), out=weights).exp2_().tril_().mul_(scores_)
-        weights.diagonal(dim1=1, dim2=2).add_(D)
-        torch.bmm(weights, x_, out=within)
-
-        # 2. What it reads from the state that entered the chunk: e^{decay to t} C_t h.
-        torch.bmm(C_, states, out=from_state)
-        torch.addcmul(within.view(y_.shape), from_state.view(y_.shape), decay_.view(*y_.shape[:-1], 1), out=y_)
-
-        # 3. What the chunk adds to the state: Σ_s B_s e^{decay from s to its end} Δ_s x_s.
-        torch.mul(x_, to_end_, out=added)
-
-        # 4. The recurrence over chunks.
-        states.mul_(decay_[:, -1:]).baddbmm_(B_.mT, added)
-
-
-def _scan_block_backward(
-    block: _Block, A: Tensor, D: Tensor, states: Tensor, grad_y: Tensor, grad_states: Tensor, grad_x: Tensor
-) -> tuple[Tensor, ...]:
-    """The steps of `_scan_block` from last to first, each with the gradients of its matrix products.
-
-    Takes the states `(u, n, p)` that entered the block and the gradient of y `(c, u, q, p)`, writes that of x
-    `(c, b, h, q, p)`, takes that of the states to the start of the block, and returns those of delta `(c, b, h, q)`,
-    A and D `(b, h)`, and B and C `(c, b, q, n)`.
-    """
-    x, B, C, delta, log_decay, decay, to_end = block
-    rows = batch, heads = grad_x.shape[1:3]
-    scores = block.scores(heads)
-    x_delta = x * delta.unsqueeze(-1)
-    added = x_delta * to_end
-    entering = states.new_empty(len(x) + 1, *states.shape)
-    entering[0] = states
-    for c in range(len(x)):
-        torch.mul(entering[c], decay[c, :, -1:], out=entering[c + 1]).baddbmm_(B[c].mT, added[c])
-
-    weights = x.new_empty(scores.shape[1:])
-    grad_B, grad_C = (x.new_empty(len(x), batch, *B.shape[2:]) for _ in range(2))
-    grad_scores = x.new_empty(len(x), batch, *scores.shape[2:])
-    grad_delta, grad_log_decay = torch.empty_like(delta), torch.empty_like(delta)
-    grad_log_total, grad_D = delta.new_empty(*delta.shape[:2], 1), torch.zeros_like(D)
-    for c in reversed(range(len(x))):
-        # 4. and 3.
-        grad_log_total[c, :, 0] = (entering[c + 1] * grad_states).sum(dim=(1, 2))
-        grad_added = B[c] @ grad_states
-        grad_B[c] = (added[c] @ grad_states.mT).unflatten(0, rows).sum(dim=1)
-
-        # 2.
-        grad_from_state = grad_y[c] * decay[c]
-        grad_C_ = grad_from_state @ entering[c].mT
-        grad_C[c] = grad_C_.unflatten(0, rows).sum(dim=1)
-        grad_log_decay[c] = grad_C_.mul_(C[c]).sum(dim=-1) - (grad_added * added[c]).sum(dim=-1)
-        grad_states.mul_(decay[c, :, -1:]).baddbmm_(C[c].mT, grad_from_state)
-
-        # 1.
-        torch.sub(log_decay[c].unsqueeze(-1), log_decay[c].unsqueeze(-2), out=weights).exp2_().tril_()
-        grad_weights = (grad_y[c] @ x_delta[c].mT).mul_(weights)
-        grad_scores[c] = grad_weights.unflatten(0, rows).sum(dim=1)
-        grad_log_weights = grad_weights.mul_(scores[c]).tril_(-1)  # no decay from a token to itself
-        grad_log_decay[c] += grad_log_weights.sum(dim=-1) - grad_log_weights.sum(dim=-2)
-        grad_x_delta = torch.addcmul(weights.mul_(scores[c]).mT @ grad_y[c], grad_added, to_end[c])
-        grad_delta[c] = (grad_x_delta * x[c]).sum(dim=-1)
-        grad_D += (grad_y[c] * x[c]).sum(dim=(1, 2)).unsqueeze(-1)
-        grad_skip = grad_y[c] * D.unsqueeze(-1)
-        grad_x[c] = torch.addcmul(grad_skip, grad_x_delta, delta[c].unsqueeze(-1)).unflatten(0, rows)
-    grad_B += grad_scores.mT @ C[:, ::heads]
-    grad_C += grad_scores @ B[:, ::heads]
-    # The step of a token weighs on all that passes it: what earlier tokens wrote, for it and for later ones.
-    grad_step = grad_log_decay.double().flip(-1).cumsum(dim=-1).flip(-1) + grad_log_total
-    grad_step = grad_step.to(A.dtype)
-    grad_A = (grad_step * delta).sum(dim=(0, 2)).unflatten(0, rows)
-    grad_delta = (grad_delta + grad_step * A).unflatten(1, rows)
-    return grad_delta, grad_A, grad_D.view(rows), grad_B, grad_C
-
-
-def _parts(x: Tensor, B: Tensor) -> list[_Part]:
-    batch, _, heads, _ = x.shape
-    a_group = heads // B.shape[2]
-    limit = _MAX_HEADS.get(x.device.type, _MAX_HEADS["cuda"])
-    size = math.ceil(a_group / math.ceil(a_group / limit))
-    rows = max(1, limit // size)
-    return [
-        _Part(slice(row, min(row + rows, batch)), slice(head, min(head + size, start + a_group)), group)
-        for row in range(0, batch, rows)
-        for group, start in enumerate(range(0, heads, a_group))
-        for head in range(start, start + a_group, size)
-    ]
-
-
-def _pieces(x: Tensor, chunk_size: int) -> list[_Piece]:
-    """All tokens in order; those left over from whole chunks are one shorter chunk."""
-    length = x.shape[1]
-    chunk_size = min(chunk_size, _MAX_CHUNK_SIZE.get(x.device.type, _MAX_CHUNK_SIZE["cuda"]))
-    whole, step = length - length % chunk_size, _BLOCK_CHUNKS * chunk_size
-    pieces = [_Piece(slice(start, min(start + step, whole)), chunk_size) for start in range(0, whole, step)]
-    return pieces if whole == length else [*pieces, _Piece(slice(whole, length), length - whole)]
-
-
-class _Scan(torch.autograd.Function):
-    """The scan, block by block; keeps the states between blocks and recomputes what is in them for the gradient."""
-
-    @staticmethod
-    def forward(ctx, x, delta, A, B, C, D, states, chunk_size):
-        y, final_states = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(states)
-        ctx.parts, ctx.pieces, kept = _parts(x, B), _pieces(x, chunk_size), []
-        for part in ctx.parts:
-            part_states = part.take_states(states)
-            for piece in ctx.pieces:
-                if any(ctx.needs_input_grad):
-                    kept.append(part_states.clone())
-                block = _Block.of(part, piece, x, delta, A, B, C)
-                _scan_block(block, part.by_head(D), part_states, part.by_chunk(y, piece))
-            part.put_states(part_states, final_states)
-        ctx.save_for_backward(x, delta, A, B, C, D, *kept)
-        return y, final_states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_states):
-        x, delta, A, B, C, D, *kept = ctx.saved_tensors
-        grad_x, grad_delta = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, delta))
-        grad_A, grad_B, grad_C, grad_D = (torch.zeros_like(tensor, dtype=A.dtype) for tensor in (A, B, C, D))
-        grad_initial_states = torch.empty_like(grad_states)
-        for part in reversed(ctx.parts):
-            heads, A_, D_ = part.heads, part.by_head(A), part.by_head(D)
-            part_grad_states = part.take_states(grad_states)
-            for piece in reversed(ctx.pieces):
-                block = _Block.of(part, piece, x, delta, A, B, C)
-                part_grad_y = part.by_chunk(grad_y, piece).flatten(1, 2).to(A.dtype).contiguous()
-                part_grad_x = part.by_chunk(grad_x, piece)
-                grads = _scan_block_backward(block, A_, D_, kept.pop(), part_grad_y, part_grad_states, part_grad_x)
-                part.by_chunk(grad_delta, piece).copy_(grads[0])
-                grad_A[heads] += grads[1].sum(dim=0)
-                grad_D[heads] += grads[2].sum(dim=0)
-                for whole, grad in zip((grad_B, grad_C), grads[3:], strict=True):
-                    whole[part.rows, piece.tokens, part.group] += grad.transpose(0, 1).flatten(1, 2)
-            part.put_states(part_grad_states, grad_initial_states)
-        return grad_x, grad_delta, grad_A, grad_B.to(B.dtype), grad_C.to(C.dtype), grad_D, grad_initial_states, None

@@ -19,7 +19,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # tqdm carries no types
+from tqdm.auto import tqdm
 
 from .video_decoder import Decoder, run_in_threads
 from .video_index import PacketIndex, TimedVideoMetadata, index_by_decoding, read_index

@@ -1,7 +1,7 @@
 """Video processor of MambaMia: samples, resizes and normalises videos from files, URLs, arrays or lists of images."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -59,7 +59,7 @@ class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
     load_audio_from_video: bool | None
 
 
-def _stack_frames(frames: list) -> np.ndarray:
+def _stack_frames(frames: Sequence[Any]) -> np.ndarray:
     """One array of shape `(num_frames, ...)` from images of one shape."""
     # Palettes and grey levels have no colour channels of their own; transparency is blended later, as for arrays.
     frames = [

@@ -1,8 +1,8 @@
 """mamba-ssm's Triton kernels, interpreted on the CPU, called as the model calls them on a GPU; for test_kernels.py.
 
-TRITON_INTERPRET=1 python tests/interpreted_kernels.py OUTPUT
+TRITON_INTERPRET=1 python tests/helpers/interpreted_kernels.py OUTPUT
 
-Writes what the kernels and what the PyTorch engine give for the same inputs to OUTPUT.
+Writes to OUTPUT the results of the kernels and of the PyTorch engine for the same inputs.
 """
 
 import functools

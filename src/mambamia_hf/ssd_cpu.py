@@ -1,0 +1,581 @@
+"""The SSD scan as a few large matrix products, forward and backward: the PyTorch engine behind `ssd.py`.
+
+Let L_t be the base-2 logarithm of the decay from the start of a chunk up to token t, m the middle of its range, and
+u_t = 2^(L_t - m), v_s = 2^(m - L_s) Δ_s. Then u_t v_s is the decay from token s to token t times Δ_s, and with
+T = tril(C Bᵀ, -1), which all heads of a group share, a chunk takes three matrix products for all heads together:
+
+    y = u ⊙ ([T | C] @ [v ⊙ x ; 2^m S]) + (D + Δ C·B) ⊙ x        S <- 2^(L_last - m) (2^m S + Bᵀ @ (v ⊙ x))
+
+No array has an entry per head and pair of tokens. u and v stay in the range of the numbers while L spans at most
+`_MAX_BITS` in a chunk. Heads where it spans more are *steep*. They take the same products with u = 0 and
+v_s = 2^(L_last - L_s) Δ_s, which leaves their state exact. What their tokens read is computed apart, through
+boundaries: the state through the start of the chunk; what the first half of the chunk wrote, in the second half,
+through its last token; and the same in each half, until L spans few enough bits in what is left. Decays up to a
+boundary and from it on are at most 1, so that this is exact however steep a head is.
+
+Letters in the shapes: b batch, l length, h heads, g groups, e heads of a group, p head size, n state size, c chunks, q
+tokens of a chunk. Groups and rows of the batch share no product; in products, r = b g counts both.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from threading import Barrier
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+# Tokens of a chunk, a power of two: longer chunks cost more in T, shorter ones more in the states.
+_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
+# Chunks of a segment. Training keeps the state before every segment.
+_SEGMENT_CHUNKS = 16
+# Heads computed together: as many as stay in a CPU's cache, or as fill a GPU.
+_MAX_HEADS = {"cpu": 16, "cuda": 1024}
+# Steep heads computed together; those of similar steepness need the same boundaries.
+_STEEP_HEADS = {"cpu": 4, "cuda": 1024}
+# Heads worth a thread, as every thread computes T once more, and elements of x worth a thread.
+_MIN_HEADS, _MIN_ELEMENTS = 4, 2**16
+# Float32 has 126 bits on each side of 1; u and v take 60 of them.
+_MAX_BITS = 120.0
+# Decays of more bits are zero. Denormal numbers, which begin at 126 bits, would slow the products down a hundredfold.
+_ZERO_BITS = 110.0
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def chunk_scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The scan of `ssd.ssd_chunk_scan`, with a gradient for every tensor.
+
+    Args:
+        x: `(b, l, h, p)`.
+        delta: `(b, l, h)`, the step size Δ itself.
+        A: `(h,)`.
+        B: `(b, l, g, n)`.
+        C: `(b, l, g, n)`.
+        D: `(h,)`.
+        states: `(b, h, p, n)`, those before the first token.
+        chunk_size: length of a chunk at most.
+
+    Returns:
+        `y (b, l, h, p)` in the type of x, and the states after the last token `(b, h, p, n)`. `delta`, `A`, `D` and
+        states have the type that everything is computed in.
+    """
+    limit = min(chunk_size, _CHUNK_SIZE.get(x.device.type, _CHUNK_SIZE["cuda"]))
+    with torch.autocast(x.device.type, enabled=False):
+        return _Scan.apply(x, delta, A, B, C, D, states, 2 ** (limit.bit_length() - 1))
+
+
+@torch.no_grad()
+def final_states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, states: Tensor) -> Tensor:
+    """The states after the last token alone, without a gradient: one product per segment, as no token reads them.
+
+    Arguments and result as in `chunk_scan`.
+    """
+    result = torch.empty_like(states, memory_format=torch.contiguous_format)
+    length, step = x.shape[1], _SEGMENT_CHUNKS * _CHUNK_SIZE["cpu"]
+
+    def run(share: _Share) -> None:
+        state, A_ = share.take_states(states), share.of_heads(A)
+        for start in range(0, length, step):
+            segment = _Segment(slice(start, start + step), min(step, length - start))
+            x_, delta_ = (segment.chunks(share.of(tensor), A.dtype)[0] for tensor in (x, delta))
+            B_ = segment.chunks(share.of_groups(B), A.dtype)[0].flatten(0, 1)
+            L = _log_decay(delta_, A_)
+            last = L[:, :, -1:]
+            v = _decay(last - L).to(A.dtype) * delta_
+            state.mul_(_decay(last).to(A.dtype).unsqueeze(-1))
+            _rows(state).baddbmm_(B_.mT, _rows(x_ * v.unsqueeze(-1)))
+        share.of_states(result).copy_(state)
+
+    _for_each(run, _shares(x, B), x)
+    return result
+
+
+class _Scan(torch.autograd.Function):
+    """Keeps the inputs and the state before each segment; computes the rest of a segment again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, states, chunk_size = inputs
+        x, B = tensors[0], tensors[3]
+        y, last = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, states))
+        ctx.shares, ctx.segments = _shares(x, B), _segments(x.shape[1], chunk_size, _SEGMENT_CHUNKS)
+        keep = any(ctx.needs_input_grad)
+
+        def run(share: _Share) -> list[Tensor]:
+            state, kept = share.take_states(states), []
+            for segment in ctx.segments:
+                if keep:
+                    kept.append(state.clone())
+                y_ = segment.chunks(share.of(y), state.dtype)
+                _scan_segment(_Chunks.of(share, segment, *tensors), state, y_)
+                segment.put(y_, share.of(y))
+            share.of_states(last).copy_(state)
+            return kept
+
+        kept = _for_each(run, ctx.shares, x)
+        ctx.save_for_backward(*tensors, *(state for states in kept for state in states))
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_y, grad_last = grads
+        if (
+            grad_y.stride(-1) != 1
+        ):  # the gradient of a sum has no strides, which operations would go through one by one
+            grad_y = grad_y.contiguous()
+        x, delta, A, B, C, D, *kept = ctx.saved_tensors
+        tensors, dtype, steps = (x, delta, A, B, C, D), A.dtype, len(ctx.segments)
+        grad_x, grad_delta = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, delta))
+        grad_A, grad_B, grad_C, grad_D = (torch.zeros_like(tensor, dtype=dtype) for tensor in (A, B, C, D))
+        grad_states = [share.take_states(grad_last) for share in ctx.shares]
+
+        for step, segment in reversed(list(enumerate(ctx.segments))):
+
+            def run(index: int, step: int = step, segment: _Segment = segment) -> tuple[Tensor, ...]:
+                share, state = ctx.shares[index], kept[index * steps + step]
+                grad_y_, grad_x_ = (segment.chunks(share.of(tensor), dtype) for tensor in (grad_y, grad_x))
+                chunks = _Chunks.of(share, segment, *tensors)
+                grad_delta_, *rest = _scan_segment_backward(chunks, state, grad_y_, grad_states[index], grad_x_)
+                segment.put(grad_x_, share.of(grad_x))
+                segment.put(grad_delta_, share.of(grad_delta))
+                return tuple(rest)
+
+            # The sums over shares are taken here, in a fixed order: threads that add as they finish would round anew
+            # in every run.
+            results = _for_each(run, range(len(ctx.shares)), x)
+            for share, (A_, D_, B_, C_) in zip(ctx.shares, results, strict=True):
+                share.of_heads(grad_A).add_(A_)
+                share.of_heads(grad_D).add_(D_)
+                segment.add(B_, share.of_groups(grad_B))
+                segment.add(C_, share.of_groups(grad_C))
+
+        grad_first = torch.empty_like(grad_last, memory_format=torch.contiguous_format)
+        for share, state in zip(ctx.shares, grad_states, strict=True):
+            share.of_states(grad_first).copy_(state)
+        return grad_x, grad_delta, grad_A, grad_B.to(B.dtype), grad_C.to(C.dtype), grad_D, grad_first, None
+
+
+class _Share(NamedTuple):
+    """What one thread computes: some heads of some groups in some rows of the batch."""
+
+    rows: slice
+    groups: slice
+    heads: slice
+    num_groups: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """`(b, l, h, ...)` to `(b, l, g, e, ...)`, a view."""
+        return tensor.unflatten(2, (self.num_groups, -1))[self.rows, :, self.groups, self.heads]
+
+    def of_groups(self, tensor: Tensor) -> Tensor:
+        """`(b, l, g, n)` to the same, a view."""
+        return tensor[self.rows, :, self.groups]
+
+    def of_heads(self, tensor: Tensor) -> Tensor:
+        """`(h,)` to `(g, e)`, a view."""
+        return tensor.unflatten(0, (self.num_groups, -1))[self.groups, self.heads]
+
+    def of_states(self, tensor: Tensor) -> Tensor:
+        """`(b, h, p, n)` to `(b, g, n, e, p)`, a view."""
+        tensor = tensor.unflatten(1, (self.num_groups, -1))[self.rows, self.groups, self.heads]
+        return tensor.permute(0, 1, 4, 2, 3)
+
+    def take_states(self, tensor: Tensor) -> Tensor:
+        """`(b, h, p, n)` to `(b, g, n, e, p)`, a copy."""
+        return self.of_states(tensor).clone(memory_format=torch.contiguous_format)
+
+
+class _Segment(NamedTuple):
+    """Consecutive chunks. Tokens of step size zero, which change nothing, fill up the last one."""
+
+    tokens: slice
+    chunk_size: int
+
+    def chunks(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """`(b, l, g, ...)` to `(c, b, g, q, ...)`: a view, unless it is filled up or of another type."""
+        tensor = tensor[:, self.tokens].to(dtype)
+        missing = -tensor.shape[1] % self.chunk_size
+        if missing:
+            tensor = nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
+        return tensor.unflatten(1, (-1, self.chunk_size)).transpose(0, 1).transpose(2, 3)
+
+    def put(self, chunks: Tensor, tensor: Tensor) -> None:
+        """The way back, into the tensor; nothing to do where the chunks are a view of it."""
+        tensor = tensor[:, self.tokens]
+        if chunks.data_ptr() != tensor.data_ptr():
+            tensor.copy_(self._tokens(chunks, tensor))
+
+    def add(self, chunks: Tensor, tensor: Tensor) -> None:
+        """Adds to the tensor what the chunks hold for it."""
+        tensor = tensor[:, self.tokens]
+        tensor.add_(self._tokens(chunks, tensor))
+
+    def _tokens(self, chunks: Tensor, tensor: Tensor) -> Tensor:
+        return chunks.transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, : tensor.shape[1]]
+
+
+class _Chunks(NamedTuple):
+    """The share of a segment, with the decays in it."""
+
+    x: Tensor  # c b g q e p
+    delta: Tensor  # c b g q e
+    A: Tensor  # g e
+    B: Tensor  # c r q n
+    C: Tensor  # c r q n
+    T: Tensor  # c r q q
+    CB: Tensor  # c b g q 1, the diagonal that T leaves out
+    D: Tensor  # c b g q e 1, with Δ C·B: all that a token reads of itself
+    L: Tensor  # c b g q e
+    u: Tensor  # c b g q e 1
+    v: Tensor  # c b g q e 1, without Δ
+    enter: Tensor  # b g 1 e 1, the factor 2^m on the state before the segment
+    leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next chunk
+    steep: Tensor  # indices of the steep heads, the steepest last
+
+    @classmethod
+    def of(
+        cls, share: _Share, segment: _Segment, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+    ) -> "_Chunks":
+        dtype = A.dtype
+        x, delta = (segment.chunks(share.of(tensor), dtype) for tensor in (x, delta))
+        B, C = (segment.chunks(share.of_groups(tensor), dtype).flatten(1, 2).contiguous() for tensor in (B, C))
+        A, D = share.of_heads(A), share.of_heads(D)
+        scores = C @ B.mT
+        CB = scores.diagonal(dim1=2, dim2=3).clone().view(*delta.shape[:4], 1)
+        D = torch.addcmul(D.unsqueeze(1), delta, CB).unsqueeze(-1)
+
+        L = _log_decay(delta, A)
+        first, last = L[:, :, :, :1], L[:, :, :, -1:]
+        middle, spans = (first + last) / 2, _span(L).amax(dim=(0, 1, 2))
+        gentle = spans <= _MAX_BITS
+        steep = spans.argsort()[int(gentle.sum()) :]
+        if len(steep):
+            u = torch.where(gentle, L - middle, -math.inf).exp2()
+            v = _decay(torch.where(gentle, middle, last) - L)
+            enter, leave = (_decay(torch.where(gentle, bits, 0)) for bits in (middle, last - middle))
+        else:
+            u, v, enter, leave = (L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()
+        leave[:-1] *= enter[1:]
+        u, v, enter, leave = (decay.to(dtype).unsqueeze(-1) for decay in (u, v, enter[0], leave))
+        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, u, v, enter, leave, steep)
+
+    def steep_decay(self, tokens: slice = slice(None)) -> Tensor:
+        """2^L of some tokens of each chunk in steep heads, `(c, b, g, tokens, steep heads, 1)`."""
+        return _decay(self.L[:, :, :, tokens].index_select(4, self.steep)).to(self.x.dtype).unsqueeze(-1)
+
+    def steep_parts(self) -> Iterator["tuple[slice, Tensor, _Part, Tensor, Tensor]"]:
+        """How the tokens of a chunk read each other in steep heads.
+
+        Yields a range of `steep`, the heads in it, which tokens read which, u of these readers, and v, without Δ, of
+        these writers.
+        """
+        count = _STEEP_HEADS.get(self.x.device.type, _STEEP_HEADS["cuda"])
+        for start in range(0, len(self.steep), count):
+            some = slice(start, start + count)
+            heads = self.steep[some]
+            for part, u, v in _parts(self.L.index_select(4, heads)):
+                yield some, heads, part, u.to(self.x.dtype).unsqueeze(-1), v.to(self.x.dtype).unsqueeze(-1)
+
+
+class _Part(NamedTuple):
+    """Parts of a chunk, `size` tokens each. Of a pair the second reads the first; a part alone reads itself."""
+
+    size: int
+    pairs: bool
+
+    def readers(self, tensor: Tensor) -> Tensor:
+        """`(c, b, g, q, ...)` to `(c, b, g, parts, size, ...)`, a view."""
+        return self._split(tensor, 3).select(4, -1)
+
+    def writers(self, tensor: Tensor) -> Tensor:
+        """The same of those that are read."""
+        return self._split(tensor, 3).select(4, 0)
+
+    def weights(self, T: Tensor) -> Tensor:
+        """`(c, r, q, q)` to `(c, r, parts, size, size)`, a view."""
+        blocks = self._split(self._split(T, 3), 2)[:, :, :, -1, :, :, 0]
+        return blocks.diagonal(dim1=2, dim2=4).movedim(-1, 2)
+
+    def _split(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor.unflatten(dim, (-1, 2 if self.pairs else 1, self.size))
+
+
+def _parts(L: Tensor) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+    """Divides chunks until L `(c, b, g, q, e)` spans at most `_MAX_BITS` in what is left; yields u and v with it."""
+    size = L.shape[3]
+    while size > 1 and _span(_Part(size, pairs=False).readers(L)).max() > _MAX_BITS:
+        size //= 2
+        part = _Part(size, pairs=True)
+        boundary = part.writers(L)[..., -1:, :]
+        yield part, _decay(part.readers(L) - boundary), _decay(boundary - part.writers(L))
+    if size > 1:
+        part = _Part(size, pairs=False)
+        L = part.readers(L)
+        middle = (L[..., :1, :] + L[..., -1:, :]) / 2
+        yield part, (L - middle).exp2(), (middle - L).exp2()
+
+
+def _log_decay(delta: Tensor, A: Tensor) -> Tensor:
+    """L `(..., g, q, e)`, in float64: only its differences count, and float32 would round a long sum too much."""
+    return (delta * (A.double().unsqueeze(-2) / math.log(2))).cumsum(dim=-2)
+
+
+def _span(L: Tensor) -> Tensor:
+    return (L[..., 0, :] - L[..., -1, :]).abs()
+
+
+def _decay(bits: Tensor) -> Tensor:
+    return bits.masked_fill(bits < -_ZERO_BITS, -math.inf).exp2_()
+
+
+def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Merges b and g, which are at `dim`, and the last two, e and p: matrices for a product."""
+    return tensor.flatten(-2).flatten(dim, dim + 1)
+
+
+def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
+    """Writes y `(c, b, g, q, e, p)` and takes the state `(b, g, n, e, p)` to the end of the segment."""
+    size, steep, (batch, groups, state_size, heads, head_dim) = y.shape[3], chunks.steep, state.shape
+    sources = state.new_empty(batch, groups, size + state_size, heads, head_dim)
+    written, entered = sources[:, :, :size], sources[:, :, size:]
+    read = state.new_empty(batch, groups, size, heads, head_dim)
+    sources_, written_, entered_, read_ = (_rows(tensor) for tensor in (sources, written, entered, read))
+    weights, v = torch.cat([chunks.T, chunks.C], dim=3), chunks.v * chunks.delta.unsqueeze(-1)
+    steep_decay, steep_states = chunks.steep_decay(slice(-1, None)), []
+    torch.mul(state, chunks.enter, out=entered)
+    for c, (x_, u_, v_, D_, weights_, B_, leave_, y_) in enumerate(
+        zip(chunks.x, chunks.u, v, chunks.D, weights, chunks.B.mT, chunks.leave, y, strict=True)
+    ):
+        torch.mul(x_, v_, out=written)
+        torch.bmm(weights_, sources_, out=read_)
+        torch.addcmul(read.mul_(u_), x_, D_, out=y_)
+        if len(steep):
+            steep_states.append(entered.index_select(3, steep))
+            entered.index_copy_(3, steep, steep_states[-1] * steep_decay[c])
+        entered_.baddbmm_(B_, written_)
+        entered.mul_(leave_)
+    state.copy_(entered)
+    if len(steep):
+        y.index_add_(4, steep, _read_in_steep_heads(chunks, torch.stack(steep_states)))
+
+
+def _read_in_steep_heads(chunks: _Chunks, states: Tensor) -> Tensor:
+    """What tokens read of each other and of the states before each chunk, `(c, b, g, n, steep heads, p)`."""
+    decay = chunks.steep_decay()
+    y = (chunks.C @ _rows(states, 1)).view(*decay.shape[:-1], -1).mul_(decay)
+    for some, heads, part, u, v in chunks.steep_parts():
+        x, delta = (part.writers(tensor.index_select(4, heads)) for tensor in (chunks.x, chunks.delta))
+        written = x * (v * delta.unsqueeze(-1))
+        read = part.weights(chunks.T) @ _rows(written, 1)
+        part.readers(y[..., some, :]).addcmul_(read.view(written.shape), u)
+    return y
+
+
+class _Gradients(NamedTuple):
+    """What the backward of a segment adds up."""
+
+    x: Tensor  # c b g q e p
+    reads: Tensor  # c b g q e, <gradient of y_t, what token t reads of the past>
+    writes: Tensor  # c b g q e, <gradient of what token s writes, what it writes>, without Δ
+    D: Tensor  # c b g q e
+    B: Tensor  # c r q n
+    C: Tensor  # c r q n
+    T: Tensor  # c r q q
+
+
+def _scan_segment_backward(
+    chunks: _Chunks, state: Tensor, grad_y: Tensor, grad_state: Tensor, grad_x: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of `_scan_segment`, given its state and the gradients of y and of the state that it leaves.
+
+    Writes that of x `(c, b, g, q, e, p)`, takes that of the state to the start of the segment, and returns those of
+    delta `(c, b, g, q, e)`, A and D `(g, e)`, and B and C `(c, b, g, q, n)`.
+    """
+    size, steep, (batch, groups, state_size, heads, head_dim) = grad_y.shape[3], chunks.steep, state.shape
+    sources = state.new_empty(len(grad_y), batch, groups, size + state_size, heads, head_dim)
+    written, entered = sources[:, :, :, :size], sources[:, :, :, size:]
+    v, steep_decay = chunks.v * chunks.delta.unsqueeze(-1), chunks.steep_decay(slice(-1, None))
+    torch.mul(chunks.x, v, out=written)
+    state = state * chunks.enter
+    for c, (written_, B_, leave_) in enumerate(zip(_rows(written, 1), chunks.B.mT, chunks.leave, strict=True)):
+        entered[c] = state
+        if len(steep):
+            state.index_copy_(3, steep, state.index_select(3, steep) * steep_decay[c])
+        _rows(state).baddbmm_(B_, written_)
+        state.mul_(leave_)
+    grads = torch.empty_like(sources[0])
+    grad_read, grad_left = grads[:, :, :size], grads[:, :, size:]
+    grad_written, product = (torch.empty_like(grad_read, memory_format=torch.contiguous_format) for _ in range(2))
+    weights, transposed = torch.cat([chunks.T, chunks.C], 3), torch.cat([chunks.T.mT, chunks.B], 3)
+    per_head = state.new_empty(batch * groups * heads, size, size + state_size)
+    grad_weights, grad_B = torch.empty_like(weights), torch.empty_like(chunks.B)
+    reads, writes, grad_D = (torch.empty_like(chunks.delta) for _ in range(3))
+    passing = chunks.delta.new_empty(len(grad_y) + 1, batch, groups, heads)  # between chunks: <state, its gradient>
+    grad_steep_read = grad_y.index_select(4, steep) * chunks.steep_decay()
+    passing[-1] = state.mul_(grad_state).sum(dim=(2, 4))
+    grad_left.copy_(grad_state)
+    for c in reversed(range(len(grad_y))):
+        x_, grad_y_ = chunks.x[c], grad_y[c]
+        grad_left.mul_(chunks.leave[c])
+        torch.mul(grad_y_, chunks.u[c], out=grad_read)
+        torch.bmm(transposed[c], _rows(grads), out=_rows(grad_written))
+        torch.bmm(_rows(written[c]), _rows(grad_left).mT, out=grad_B[c])
+        # What each head's tokens read, times its gradient: summed over heads, and weighted and summed over sources.
+        torch.bmm(
+            grad_read.transpose(2, 3).flatten(0, 2), sources[c].permute(0, 1, 3, 4, 2).flatten(0, 2), out=per_head
+        )
+        by_head = per_head.view(batch * groups, heads, size, -1)
+        torch.sum(by_head, dim=1, out=grad_weights[c])
+        reads[c] = by_head.mul_(weights[c].unsqueeze(1)).sum(dim=-1).mT.view(reads[c].shape)
+        writes[c] = torch.mul(x_, grad_written, out=product).sum(dim=-1)
+        grad_D[c] = torch.mul(x_, grad_y_, out=product).sum(dim=-1)
+        torch.addcmul(grad_written.mul_(v[c]), grad_y_, chunks.D[c], out=grad_x[c])
+        _rows(grad_left).baddbmm_(chunks.C[c].mT, _rows(grad_read))
+        if len(steep):
+            grad_steep = grad_left.index_select(3, steep).mul_(steep_decay[c])
+            _rows(grad_steep).baddbmm_(chunks.C[c].mT, _rows(grad_steep_read[c]))
+            grad_left.index_copy_(3, steep, grad_steep)
+        passing[c] = torch.mul(entered[c], grad_left, out=state).sum(dim=(2, 4))
+    torch.mul(grad_left, chunks.enter, out=grad_state)
+
+    grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
+    gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_D, grad_B, grad_C, grad_T)
+    if len(steep):
+        _read_in_steep_heads_backward(chunks, entered.index_select(4, steep), grad_y, grad_steep_read, gradients)
+    return _input_gradients(chunks, passing, gradients)
+
+
+def _read_in_steep_heads_backward(
+    chunks: _Chunks, states: Tensor, grad_y: Tensor, grad_read: Tensor, gradients: _Gradients
+) -> None:
+    """Adds the gradients of `_read_in_steep_heads`, but for that of the states, which passes from chunk to chunk.
+
+    `grad_read` is that of C @ states `(c, b, g, q, steep heads, p)`.
+    """
+    read = (chunks.C @ _rows(states, 1)).view(grad_read.shape)
+    gradients.C.add_(_rows(grad_read, 1) @ _rows(states, 1).mT)
+    reads = (grad_read * read).sum(dim=-1)
+    writes, grad_x = torch.zeros_like(reads), torch.zeros_like(read)
+    for some, heads, part, u, v in chunks.steep_parts():
+        x, delta = (part.writers(tensor.index_select(4, heads)) for tensor in (chunks.x, chunks.delta))
+        T, v_delta = part.weights(chunks.T), v * delta.unsqueeze(-1)
+        written, grad_read = x * v_delta, part.readers(grad_y.index_select(4, heads)) * u
+        read = (T @ _rows(written, 1)).view(written.shape)
+        grad_written = (T.mT @ _rows(grad_read, 1)).view(written.shape)
+        part.weights(gradients.T).add_(_rows(grad_read, 1) @ _rows(written, 1).mT)
+        part.readers(reads[..., some]).add_((grad_read * read).sum(dim=-1))
+        part.writers(writes[..., some]).add_((x * grad_written).sum(dim=-1).mul_(v.squeeze(-1)))
+        part.writers(grad_x[..., some, :]).addcmul_(grad_written, v_delta)
+    gradients.reads.index_add_(4, chunks.steep, reads)
+    gradients.writes.index_add_(4, chunks.steep, writes)
+    gradients.x.index_add_(4, chunks.steep, grad_x)
+
+
+def _input_gradients(chunks: _Chunks, passing: Tensor, gradients: _Gradients) -> tuple[Tensor, ...]:
+    """The gradients of delta, A, D, B and C, from those of a segment's products and what passes between its chunks."""
+    A, grad_D = chunks.A.unsqueeze(1), gradients.D
+    grad_scores = gradients.T.tril(-1)
+    grad_scores.diagonal(dim1=2, dim2=3).copy_((grad_D * chunks.delta).sum(dim=-1).flatten(1, 2))
+    grad_B = gradients.B + grad_scores.mT @ chunks.C
+    grad_C = gradients.C + grad_scores @ chunks.B
+    grad_log = _passing_tokens(gradients.reads, gradients.writes * chunks.delta, passing).to(A.dtype)
+    grad_delta = gradients.writes + grad_D * chunks.CB + grad_log * A
+    grad_A = (grad_log * chunks.delta).sum(dim=(0, 1, 3))
+    grad_B, grad_C = (grad.unflatten(1, tuple(grad_D.shape[1:3])) for grad in (grad_B, grad_C))
+    return grad_delta, grad_A, grad_D.sum(dim=(0, 1, 3)), grad_B, grad_C
+
+
+def _passing_tokens(reads: Tensor, writes: Tensor, passing: Tensor) -> Tensor:
+    """What passes each token, which is the gradient of the logarithm of its decay: `(c, b, g, q, e)`.
+
+    This is what the token and later ones in its chunk read, less what they wrote, plus what passes the end of the
+    chunk. It is also what passes the start, plus what earlier tokens wrote, less what they read. The terms may be much
+    larger than their sum, so each token takes the way with the smaller terms. `passing` is `(c + 1, b, g, e)`.
+    """
+    change, size = (reads - writes).double(), (reads.abs() + writes.abs()).double()
+    before, size_before = change.cumsum(dim=3) - change, size.cumsum(dim=3) - size
+    start, end = (ends.unsqueeze(3) for ends in (passing[:-1], passing[1:]))
+    earlier, later = start - before, end + change.sum(dim=3, keepdim=True) - before
+    earlier_size, later_size = start.abs() + size_before, end.abs() + size.sum(dim=3, keepdim=True) - size_before
+    return torch.where(earlier_size < later_size, earlier, later)
+
+
+def _shares(x: Tensor, B: Tensor) -> list[_Share]:
+    batch, _, heads, _ = x.shape
+    groups = B.shape[2]
+    in_group, limit = heads // groups, _MAX_HEADS.get(x.device.type, _MAX_HEADS["cuda"])
+    if _worth_threads(x):
+        limit = min(limit, max(_MIN_HEADS, math.ceil(batch * heads / torch.get_num_threads())))
+    size = math.ceil(in_group / math.ceil(in_group / limit))
+    num_groups = max(1, min(limit // in_group, groups))
+    num_rows = max(1, limit // heads)
+    return [
+        _Share(slice(row, row + num_rows), slice(group, group + num_groups), slice(head, head + size), groups)
+        for row in range(0, batch, num_rows)
+        for group in range(0, groups, num_groups)
+        for head in range(0, in_group, size)
+    ]
+
+
+def _segments(length: int, chunk_size: int, num_chunks: int) -> list[_Segment]:
+    """All tokens in order. What is less than a chunk is a chunk of the next power of two."""
+    whole, step = length - length % chunk_size, num_chunks * chunk_size
+    segments = [_Segment(slice(start, min(start + step, whole)), chunk_size) for start in range(0, whole, step)]
+    if whole < length:
+        segments.append(_Segment(slice(whole, length), 2 ** (length - whole - 1).bit_length()))
+    return segments
+
+
+def _worth_threads(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.numel() >= _MIN_ELEMENTS
+        and torch.get_num_threads() > 1
+        and torch.backends.openmp.is_available()
+    )
+
+
+def _for_each(function: Callable[[Item], Result], items: Iterable[Item], x: Tensor) -> list[Result]:
+    """The function of each item, in threads of its own where x is large enough.
+
+    PyTorch splits every operation over its threads and waits for the last of them. On a busy machine it waits long,
+    as one of them has always lost its core. Here a thread goes through all operations of an item without waiting.
+    """
+    if not _worth_threads(x):
+        return [function(item) for item in items]
+    inference = torch.is_inference_mode_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():  # modes are a thread's own
+            return function(item)
+
+    return list(_threads(torch.get_num_threads(), os.getpid()).map(run, items))
+
+
+@lru_cache(maxsize=1)
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch runs on one thread; new ones in a forked process, which has none of its parent's."""
+    started = Barrier(count + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread takes over the number of the others when it first asks for it
+        torch.set_num_threads(1)
+        started.wait()
+
+    threads = ThreadPoolExecutor(count, "mambamia-scan")
+    for _ in range(count):
+        threads.submit(start)
+    started.wait()
+    # With OpenMP the number counts for the calling thread alone, and for threads that are new to PyTorch: put it back.
+    torch.set_num_threads(count)
+    return threads
