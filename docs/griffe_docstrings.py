@@ -1,4 +1,4 @@
-"""Reads docstrings in Transformers' style: [`Name`] becomes a link to its entry, and the types of arguments plain text."""
+"""Reads docstrings in Transformers' style: [`Name`] becomes a link to its entry, types of arguments plain text."""
 
 import re
 from collections.abc import Iterator

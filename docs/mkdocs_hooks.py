@@ -1,5 +1,7 @@
-"""Lets pages link to files outside docs/, as they do on GitHub: README is the first page, images come along, and all other
-files are links into the repository."""
+"""Lets pages link to files outside docs/, as on GitHub.
+
+README is the first page, images come along, and links to other files lead into the repository.
+"""
 
 import re
 from pathlib import Path
