@@ -69,7 +69,7 @@ def test_step_sizes_at_their_limits(shift, mixer_type):
 def test_unusual_videos(videos):
     features = tiny_model().get_video_features(videos, delta_threshold=0.1, delta_min_frames=0)
     assert torch.isfinite(features.last_hidden_state).all() and torch.isfinite(features.frame_deltas).all()
-    assert features.selected_frames.any()
+    assert features.keep_mask.any()
 
 
 def test_one_row_of_patches():

@@ -78,6 +78,24 @@ assert sys.modules["mambamia_hf.{module}"] is mambamia_hf.{module}, "no module i
     assert result.returncode == 0, result.stderr
 
 
+def test_looking_for_a_module_is_no_import():
+    code = """
+from importlib.util import find_spec
+import mambamia_hf
+assert find_spec("transformers") and find_spec("mambamia_hf.training")
+from transformers import AutoConfig
+assert type(AutoConfig.from_pretrained(mambamia_hf.BUNDLED_CHECKPOINT)) is mambamia_hf.MambaMiaConfig
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["training", "training.features", "convert"])
+def test_modules_run_as_programs(module):
+    result = subprocess.run([sys.executable, "-m", f"mambamia_hf.{module}", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
+
+
 def test_transformers_may_come_first():
     code = """
 import transformers, mambamia_hf

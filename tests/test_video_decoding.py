@@ -323,7 +323,8 @@ class TestReader:
                 with pytest.raises(ValueError, match=r"v\.mp4' shows nothing at .* ask for times from 0 to below \d"):
                     reader.frames_shown_at([0.0, outside])
 
-    def test_transform_and_progress(self, tmp_path, capsys):
+    def test_transform_and_progress(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "300")  # room for a long path
         with VideoReader(write_video(tmp_path / "v.mp4")) as reader:
             batch = reader.frames_shown_at([0.3], transform=lambda frame: frame[:, ::2, ::2], progress=True)
         assert batch.data.shape == (1, 3, HEIGHT // 2, WIDTH // 2) and read_numbers(batch.data) == [3]
@@ -543,7 +544,8 @@ class TestSources:
         with pytest.raises(ValueError, match=r"nothing.mp4' could not be downloaded .*404"):
             decode_video(f"{server.address}/nothing.mp4")
 
-    def test_progress_bar_only_when_asked(self, tmp_path, capsys):
+    def test_progress_bar_only_when_asked(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "300")  # room for a long path
         path = write_video(tmp_path / "v.mp4")
         decode_video(path, pick(3, 30))
         assert capsys.readouterr().err == ""

@@ -263,7 +263,8 @@ class TestUse:
         assert metadata.frames_indices is None
         assert (processor.num_frames, processor.do_sample_frames) == (384, True)
 
-    def test_progress(self, processor, path, capsys):
+    def test_progress(self, processor, path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "300")  # room for a long path
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             processor(path)

@@ -58,21 +58,38 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _RegistersOnImport(MetaPathFinder, Loader):
+class _RegistersOnImport(MetaPathFinder):
     """Registers the classes of this package with Transformers' Auto classes.
 
     It does so right after the first import of Transformers, or of a module of this package that needs it.
     """
 
+    is_searching = False
+
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, module = fullname.partition(".")
-        if fullname != "transformers" and (package != __name__ or module.partition(".")[0] in _LIGHT_MODULES):
+        is_light = package != __name__ or module.partition(".")[0] in _LIGHT_MODULES
+        if self.is_searching or (is_light and fullname != "transformers"):
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.is_searching = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.is_searching = False
         if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
+            spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
+
+
+class _RegisteringLoader(Loader):
+    """Loads a module as its own loader does, and registers the classes once that is done."""
+
+    def __init__(self, loader: Any, finder: MetaPathFinder):
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -80,6 +97,8 @@ class _RegistersOnImport(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         self.loader.exec_module(module)
         import_module(".auto", __name__)
 
