@@ -1,6 +1,6 @@
 """Lets pages link to files outside docs/, as on GitHub.
 
-README is the first page, images come along, and links to other files lead into the repository.
+README is the first page, images come along, and what would lead to another file of the repository is its name.
 """
 
 import re
@@ -28,9 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, config: MkDocsConfig, **_: Any) -> str:
     def resolve(match: re.Match) -> str:
-        path = match[1]
-        if path.startswith("docs/"):
-            return f"]({path.removeprefix('docs/')}"
-        return f"]({path}" if path.endswith(IMAGES) else f"]({config.repo_url}/blob/main/{path}"
+        text, path = match[1], match[2]
+        if path.startswith("docs/") or path.endswith(IMAGES):
+            return f"[{text}]({path.removeprefix('docs/')})"
+        return f"`{path}`" if text == path else f"{text} (`{path}`)"
 
-    return re.sub(r"\]\(\.\./([^)\s]+)", resolve, markdown)
+    return re.sub(r"\[([^\]]*)\]\(\.\./([^)\s]+)\)", resolve, markdown)
