@@ -13,6 +13,10 @@ boundaries: the state through the start of the chunk; what the first half of the
 through its last token; and the same in each half, until L spans few enough bits in what is left. Decays up to a
 boundary and from it on are at most 1, so that this is exact however steep a head is.
 
+Everything is computed in float32, or float64 for float64 inputs. Products in bfloat16 would not pay: PyTorch rounds
+their sums to bfloat16, which makes the error of y half as large again as that of the official kernels, and what they
+save on a CPU with matrix units goes into conversions.
+
 Letters in the shapes: b batch, l length, h heads, g groups, e heads of a group, p head size, n state size, c chunks, q
 tokens of a chunk. Groups and rows of the batch share no product; in products, r = b g counts both.
 """
@@ -38,8 +42,10 @@ _SEGMENT_CHUNKS = 16
 _MAX_HEADS = {"cpu": 16, "cuda": 1024}
 # Steep heads computed together; those of similar steepness need the same boundaries.
 _STEEP_HEADS = {"cpu": 4, "cuda": 1024}
-# Heads worth a thread, as every thread computes T once more, and elements of x worth a thread.
-_MIN_HEADS, _MIN_ELEMENTS = 4, 2**16
+# Fewer heads are not worth a thread, as every thread computes T once more.
+_MIN_HEADS = 4
+# Nor are fewer elements of x.
+_MIN_ELEMENTS = 2**16
 # Float32 has 126 bits on each side of 1; u and v take 60 of them.
 _MAX_BITS = 120.0
 # Decays of more bits are zero. Denormal numbers, which begin at 126 bits, would slow the products down a hundredfold.
@@ -129,10 +135,6 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_y, grad_last = grads
-        if (
-            grad_y.stride(-1) != 1
-        ):  # the gradient of a sum has no strides, which operations would go through one by one
-            grad_y = grad_y.contiguous()
         x, delta, A, B, C, D, *kept = ctx.saved_tensors
         tensors, dtype, steps = (x, delta, A, B, C, D), A.dtype, len(ctx.segments)
         grad_x, grad_delta = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, delta))
@@ -144,6 +146,8 @@ class _Scan(torch.autograd.Function):
             def run(index: int, step: int = step, segment: _Segment = segment) -> tuple[Tensor, ...]:
                 share, state = ctx.shares[index], kept[index * steps + step]
                 grad_y_, grad_x_ = (segment.chunks(share.of(tensor), dtype) for tensor in (grad_y, grad_x))
+                if grad_y_.stride(-1) != 1:  # such as that of a sum, which would be read number by number
+                    grad_y_ = grad_y_.contiguous()
                 chunks = _Chunks.of(share, segment, *tensors)
                 grad_delta_, *rest = _scan_segment_backward(chunks, state, grad_y_, grad_states[index], grad_x_)
                 segment.put(grad_x_, share.of(grad_x))
@@ -370,7 +374,10 @@ def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
 
 
 def _read_in_steep_heads(chunks: _Chunks, states: Tensor) -> Tensor:
-    """What tokens read of each other and of the states before each chunk, `(c, b, g, n, steep heads, p)`."""
+    """What tokens read of the past in steep heads, `(c, b, g, q, steep heads, p)`.
+
+    Takes the states before each chunk, `(c, b, g, n, steep heads, p)`.
+    """
     decay = chunks.steep_decay()
     y = (chunks.C @ _rows(states, 1)).view(*decay.shape[:-1], -1).mul_(decay)
     for some, heads, part, u, v in chunks.steep_parts():
@@ -413,9 +420,10 @@ def _scan_segment_backward(
             state.index_copy_(3, steep, state.index_select(3, steep) * steep_decay[c])
         _rows(state).baddbmm_(B_, written_)
         state.mul_(leave_)
+
     grads = torch.empty_like(sources[0])
     grad_read, grad_left = grads[:, :, :size], grads[:, :, size:]
-    grad_written, product = (torch.empty_like(grad_read, memory_format=torch.contiguous_format) for _ in range(2))
+    grad_written, product = (state.new_empty(grad_read.shape) for _ in range(2))
     weights, transposed = torch.cat([chunks.T, chunks.C], 3), torch.cat([chunks.T.mT, chunks.B], 3)
     per_head = state.new_empty(batch * groups * heads, size, size + state_size)
     grad_weights, grad_B = torch.empty_like(weights), torch.empty_like(chunks.B)
