@@ -1,16 +1,15 @@
 """From a video file to the sampled frames, in bounded memory.
 
-A file is read in two passes. The first indexes it without decoding ([`video_index`]). The second decodes the wanted
-frames only: it seeks to the key frame before a wanted frame, goes on from there to the last frame that is wanted
-before the next key frame, and so on. Several threads, each with a decoder of its own, share these parts of the file.
-Each converts and resizes a wanted frame as soon as it is decoded, so that only resized frames are ever held.
+A file is read in two passes. The first indexes it, in general without decoding ([`video_index`]). The second decodes
+the wanted frames only: it seeks to the key frame before a wanted frame, goes on from there to the last frame that is
+wanted before the next key frame, and so on. Several threads, each with a decoder of its own, share these parts of the
+file. Each converts and resizes a wanted frame as soon as it is decoded, so that only resized frames are ever held.
 """
 
 import threading
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -20,14 +19,19 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # tqdm carries no types
 
-from .video_index import TimedVideoMetadata, VideoIndex, open_video, read_index
-from .video_sources import VideoSource, as_local_file
+from .video_decoder import Decoder, run_in_threads
+from .video_index import PacketIndex, TimedVideoMetadata, index_by_decoding, read_index
+from .video_sources import VideoLimits, VideoSource, as_local_file
 
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+
+# So many damaged frames are named in a warning.
+_MAX_NAMED = 8
+
+_DEFAULT_LIMITS = VideoLimits()
 
 # More decoders would hold more pictures than is worth the time that they save.
 _MAX_THREADS = 8
@@ -65,6 +69,8 @@ class VideoReader:
             `"exact"` decodes the frames that are asked for. `"keyframe"` takes the key frame nearest in time to each
             of them instead, which is many times faster, as nothing else is decoded. There are as many frames as asked
             for in any case: where key frames are rarer they are repeated, with a warning.
+        limits ([`VideoLimits`], *optional*):
+            What a video may cost before it is refused.
 
     Attributes:
         metadata ([`TimedVideoMetadata`]):
@@ -76,18 +82,22 @@ class VideoReader:
         ValueError: if the file holds no readable video, or there is no such `seek_mode`.
 
     Warns:
-        UserWarning: if the file is cut off.
+        UserWarning: if the file is cut off, or its times cannot be trusted.
     """
 
-    def __init__(self, source: VideoSource, seek_mode: str = "exact") -> None:
+    def __init__(self, source: VideoSource, seek_mode: str = "exact", limits: VideoLimits = _DEFAULT_LIMITS) -> None:
         if seek_mode not in ("exact", "keyframe"):
             raise ValueError(f"`seek_mode={seek_mode!r}` is no way to find frames: use 'exact' or 'keyframe'.")
         self.seek_mode = seek_mode
         with ExitStack() as resources:
-            self._path, self._name = resources.enter_context(as_local_file(source))
-            self._index = read_index(self._path, self._name)
+            self._path, self._name = resources.enter_context(as_local_file(source, limits))
+            self._limits = limits
+            self._index = read_index(self._path, self._name, limits, _num_threads())
             self._resources = resources.pop_all()
-        self.metadata = self._index.metadata
+
+    @property
+    def metadata(self) -> TimedVideoMetadata:
+        return self._index.metadata
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -96,7 +106,7 @@ class VideoReader:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._index.shown)
+        return self.metadata.total_num_frames
 
     def close(self) -> None:
         """Removes the temporary file, if there is one."""
@@ -124,7 +134,7 @@ class VideoReader:
                 wanted of a video without any.
 
         Warns:
-            UserWarning: if some of the frames cannot be decoded, or key frames are repeated.
+            UserWarning: if some of the frames cannot be decoded or are damaged, or key frames are repeated.
         """
         indices = self._checked(np.asarray(indices, dtype=int))
         if self.seek_mode == "keyframe":
@@ -137,6 +147,7 @@ class VideoReader:
                 f"None of the {len(indices)} sampled frames of {self._name} can be decoded: the file is damaged."
             )
         self.metadata.height, self.metadata.width = images.size
+        self._warn_of_damage(images.damaged)
         data, found = images.data, images.found
         readable = found >= 0
         if not readable.all():
@@ -167,6 +178,16 @@ class VideoReader:
             )
         return self.frames_at(self.metadata.frames_shown_at(times), transform, progress)
 
+    def _warn_of_damage(self, numbers: set[int]) -> None:
+        if numbers:
+            places = [f"{number} ({self.metadata.frame_timestamps[number]:.1f} s)" for number in sorted(numbers)]
+            more = f" and {len(places) - _MAX_NAMED} more" if len(places) > _MAX_NAMED else ""
+            warnings.warn(
+                f"{self._name} is damaged: of the sampled frames, {', '.join(places[:_MAX_NAMED])}{more} may show "
+                "wrong pictures.",
+                stacklevel=3,
+            )
+
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         if len(indices) == 0:
             raise ValueError(f"No frame of {self._name} was asked for: ask for at least one.")
@@ -179,7 +200,7 @@ class VideoReader:
 
     def _nearest_key_frames(self, indices: np.ndarray) -> np.ndarray:
         """The numbers of the key frames nearest in time to the frames; warns where they have to repeat."""
-        keys = self._index.key_frames()
+        keys = self._index.keys
         if len(keys) == 0:
             raise ValueError(f"{self._name} marks none of its frames as a key frame: pass `seek_mode='exact'`.")
         times = self.metadata.frame_timestamps
@@ -194,41 +215,57 @@ class VideoReader:
         return nearest
 
     def _decode(self, indices: np.ndarray, transform: Transform | None, bar: tqdm | None) -> "_Images":
-        images = _Images(indices, transform, bar)
-        if self._index.timed:
+        if self._index.packets is not None:
+            images = _Images(indices, transform, bar)
             try:
-                self._decode_by_seeking(images)
+                self._decode_by_seeking(images, self._index.packets)
                 return images
             except _SeekError:
+                indices = self._count_again(indices)
                 if bar is not None:
                     bar.reset()
-                images = _Images(indices, transform, bar)
+        images = _Images(indices, transform, bar)
         self._decode_in_order(images)
         return images
 
-    def _decode_by_seeking(self, images: "_Images") -> None:
+    def _count_again(self, indices: np.ndarray) -> np.ndarray:
+        """Indexes the file by its frames, as its packets turned out not to tell them; the wanted ones that exist."""
+        before = len(self)
+        self._index = index_by_decoding(self._path, self._name, self._limits, _num_threads())
+        if len(self) != before:
+            warnings.warn(
+                f"{self._name} has {len(self)} frames and not {before}, as its packets say: the nearest are used.",
+                stacklevel=4,
+            )
+        return np.minimum(indices, len(self) - 1)
+
+    def _decode_by_seeking(self, images: "_Images", packets: PacketIndex) -> None:
         groups = defaultdict(list)  # by the key frame from which to decode
         for index in images.wanted:
-            groups[int(self._index.starts(self._index.shown[index])[-1])].append(index)
+            groups[int(packets.starts(packets.shown[index])[-1])].append(index)
         num_decoders = min(_num_threads(), len(groups))
         todo = deque([*groups.items(), *[None] * num_decoders])
 
         def decode_groups(stop: threading.Event) -> None:
-            with _Decoder(self._path, self._name, _num_threads() // num_decoders, stop) as decoder:
+            with self._open(_num_threads() // num_decoders, stop) as decoder:
                 for start, wanted in iter(todo.popleft, None):
-                    _decode_group(decoder, self._index, start, wanted, images)
+                    _decode_group(decoder, packets, start, wanted, images)
 
-        _run_in_threads(decode_groups, num_decoders)
+        run_in_threads(decode_groups, num_decoders)
 
     def _decode_in_order(self, images: "_Images") -> None:
-        """Decodes the file from its start: what works for containers that cannot be entered in the middle."""
+        """Decodes the file from its start, which gives the frames of any container."""
 
         def decode_all(stop: threading.Event) -> None:
-            with _Decoder(self._path, self._name, _num_threads(), stop) as decoder:
-                for picked in _pick(enumerate(decoder.all_frames()), images.wanted):
+            with self._open(_num_threads(), stop) as decoder:
+                frames = decoder.numbered(islice(decoder.all_frames(), self._index.num_skipped, None))
+                for picked in _pick(frames, images.wanted):
                     images.put(*picked, decoder)
 
-        _run_in_threads(decode_all, 1)
+        run_in_threads(decode_all, 1)
+
+    def _open(self, threads: int, stop: threading.Event) -> Decoder:
+        return Decoder(self._path, self._name, self._limits, threads, stop)
 
 
 def decode_video(
@@ -237,13 +274,14 @@ def decode_video(
     transform: Transform | None = None,
     progress: bool = False,
     seek_mode: str = "exact",
+    limits: VideoLimits = _DEFAULT_LIMITS,
 ) -> tuple[torch.Tensor, TimedVideoMetadata]:
     """
     Decodes the sampled frames of a video: a [`VideoReader`] that is asked once.
 
-    Frames are turned upright where the file says that they are recorded on their side. Resizing belongs into
-    `transform`: the result then equals that of decoding at full size and resizing afterwards, while only resized
-    frames are held.
+    Frames are as a person would see them: turned and mirrored as the file says, with square pixels, and white where
+    they are transparent (FFmpeg's decoders of VP8 and VP9 leave transparency out). Resizing belongs into `transform`:
+    the result then equals that of decoding at full size and resizing afterwards, while only resized frames are held.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or binary file object):
@@ -258,6 +296,8 @@ def decode_video(
         seek_mode (`str`, *optional*, defaults to `"exact"`):
             `"exact"` or `"keyframe"`, see [`VideoReader`]. `frames_indices` and `timestamps` of the metadata are those
             of the frames that are returned.
+        limits ([`VideoLimits`], *optional*):
+            What a video may cost before it is refused.
 
     Returns:
         `tuple[torch.Tensor, TimedVideoMetadata]`: The frames, of shape `(num_frames, 3, height, width)` and uint8 (or
@@ -269,10 +309,10 @@ def decode_video(
             such `seek_mode`, or key frames are wanted of a video without any.
 
     Warns:
-        UserWarning: if the file is cut off or damaged and only some of the frames can be read, or if key frames are
-            repeated.
+        UserWarning: if the file is cut off or damaged and some of the frames are missing or wrong, if its times cannot
+            be trusted, or if key frames are repeated.
     """
-    with VideoReader(source, seek_mode) as reader:
+    with VideoReader(source, seek_mode, limits) as reader:
         if sample_indices_fn is None:
             indices = np.arange(len(reader))
         else:
@@ -287,6 +327,10 @@ class _SeekError(Exception):
     """The container cannot be entered at a given packet, or its timestamps are not those of showing."""
 
 
+class _NoKeyFrameError(Exception):
+    """The frame of a packet that is called a key frame is none."""
+
+
 class _Images:
     """The decoded frames, which threads put where they are wanted.
 
@@ -295,6 +339,7 @@ class _Images:
         data (`np.ndarray` of shape `(num_frames, 3, height, width)`): The frames, `None` before the first.
         found (`np.ndarray` of shape `(num_frames,)`): The number of the frame that was found, -1 for none. It is the
             number before where a packet shows nothing of its own.
+        damaged (`set[int]`): The numbers of frames that the decoder knows to be wrong.
         size (`tuple[int, int]`): Height and width of the upright frames in the file.
     """
 
@@ -302,12 +347,13 @@ class _Images:
         self.wanted: list[int] = np.unique(indices).tolist()
         self.data: np.ndarray | None = None
         self.found = np.full(len(indices), -1)
+        self.damaged: set[int] = set()
         self.size = (0, 0)
         self._indices, self._order = indices, np.argsort(indices)
         self._transform, self._bar = transform, bar
         self._lock = threading.Lock()
 
-    def put(self, index: int, number: int, frame: av.VideoFrame, decoder: "_Decoder") -> None:
+    def put(self, index: int, number: int, frame: av.VideoFrame, decoder: Decoder) -> None:
         """Converts `frame`, which has this `number`, and puts it wherever the frame numbered `index` is wanted."""
         upright = decoder.convert(frame)
         picture = torch.from_numpy(upright).permute(2, 0, 1)
@@ -318,103 +364,89 @@ class _Images:
                 self.data = np.empty((len(self._indices), *pixels.shape), dtype=pixels.dtype)
                 self.size = picture.shape[1], picture.shape[2]
             self.data[places], self.found[places] = pixels, number
+            if number in decoder.damaged:
+                self.damaged.add(number)
             if self._bar is not None:
                 self._bar.update(len(places))
 
 
-class _Decoder:
-    """An open file with a decoder and a scaler, for one thread. Their own threads end when it is closed.
-
-    It gives no more frames once `stop` is set.
-    """
-
-    def __init__(self, path: str, name: str, threads: int, stop: threading.Event) -> None:
-        self._stop = stop
-        self.container, self.stream = open_video(path, name)
-        self.stream.thread_type = "AUTO"
-        self.stream.thread_count = threads
-        context = self.stream.codec_context
-        self._size = context.width or None, context.height or None
-        self._reformatter = VideoReformatter()  # setting one up takes far longer than a conversion
-
-    def __enter__(self) -> "_Decoder":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        # Freeing a decoder holds the interpreter's lock while it waits for its threads, which may wait for the lock
-        # to write a log. Flushing lets go of the lock and leaves them idle.
-        self.stream.codec_context.flush_buffers()
-        # Threads end as nothing refers to decoder and scaler any more; the traceback of an error may refer to `self`.
-        self.container.close()
-        del self.container, self.stream, self._reformatter
-
-    def convert(self, frame: av.VideoFrame) -> np.ndarray:
-        """The upright picture, of shape `(height, width, 3)`; before it is turned all have the size of the stream."""
-        width, height = self._size
-        picture = self._reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
-
-    def all_frames(self) -> Iterator[av.VideoFrame]:
-        for packet in self.container.demux(self.stream):
-            if self._stop.is_set():
-                return
-            yield from self._decode_packet(packet)
-
-    def numbered_frames(self, index: VideoIndex, start: int, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decodes from the packet `start` to the last of the wanted frames; yields frames with their numbers."""
-        num_packets = int(index.shown[wanted].max()) - start + 1
-        # The frame before a wanted one stands in for it where its packet shows nothing.
-        needed_pts = set(index.shown_pts[wanted]) | set(index.shown_pts[np.maximum(np.array(wanted) - 1, 0)])
-        previous = -1
-        # What the decoder still holds at the end comes out with None.
-        for packet in chain(islice(self._packets_from(index, start), num_packets), [None]):
-            if self._stop.is_set():
-                return
-            if index.marked and packet is not None:
-                self.stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
-            for frame in self._decode_packet(packet):
-                if frame.pts is None:
-                    continue
-                number = int(np.searchsorted(index.shown_pts, frame.pts, side="right")) - 1
-                if number < previous:
-                    raise _SeekError  # the times in the file are not those of showing
-                previous = number
-                yield number, frame
-
-    def _packets_from(self, index: VideoIndex, start: int) -> Iterator[av.Packet]:
-        """Moves to the packet `start`, a key frame, and gives the packets from there on."""
-        for time in _times_to_seek(index, start):
-            try:
-                self.container.seek(time, stream=self.stream)
-            except av.FFmpegError:
-                break
-            incoming = self.container.demux(self.stream)
-            for packet in incoming:
-                if packet.is_keyframe and packet.pts == index.pts[start]:
-                    return chain([packet], incoming)
-                if packet.is_keyframe and packet.pts is not None and packet.pts > index.pts[start]:
-                    break
-        raise _SeekError
-
-    def _decode_packet(self, packet: av.Packet | None) -> list[av.VideoFrame]:
-        if packet is not None and _repeats_a_frame(packet):
-            return []
-        try:
-            return self.stream.codec_context.decode(packet)
-        except av.FFmpegError:
-            return []  # a damaged packet: the frames that depend on it are missed and reported by the caller
-
-
-def _decode_group(decoder: _Decoder, index: VideoIndex, start: int, wanted: list[int], images: _Images) -> None:
-    """Decodes the wanted frames from the key frame `start` on, or from one before it where that gives some of them."""
-    for key in _starts_of_gradual_refresh(index, start):
+def _decode_group(decoder: Decoder, packets: PacketIndex, start: int, wanted: list[int], images: _Images) -> None:
+    """Decodes the wanted frames from the key frame `start` on, or from one before it where that does not give them."""
+    for key in _entries(packets.starts(start)):
         found = set()
-        for number_wanted, number, frame in _pick(decoder.numbered_frames(index, key, wanted), wanted):
-            images.put(number_wanted, number, frame, decoder)
-            found.add(number_wanted)
+        try:
+            for index, number, frame in _pick(_numbered_frames(decoder, packets, key, wanted), wanted):
+                if index == number or not decoder.num_errors:  # a frame that is lost has no substitute
+                    images.put(index, number, frame, decoder)
+                    found.add(index)
+        except _NoKeyFrameError:
+            continue
         wanted = [number for number in wanted if number not in found]
         if not wanted:
             return
+
+
+def _entries(starts: np.ndarray) -> list[int]:
+    """Packets from which to try to decode: the nearest key frame, then ever farther ones, in the end the first.
+
+    A packet may be called a key frame and be none. In a stream that is refreshed bit by bit, pictures are whole only a
+    key frame or two after the one at which decoding started.
+    """
+    places = [len(starts) - step for step in (2**power for power in range(32)) if step < len(starts)]
+    return starts[list(dict.fromkeys([*places, 0]))].tolist()
+
+
+def _numbered_frames(
+    decoder: Decoder, packets: PacketIndex, start: int, wanted: list[int]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Decodes from the packet `start` to the last of the wanted frames; yields frames with their numbers."""
+    num_packets = int(packets.shown[wanted].max()) - start + 1
+    # The frame before a wanted one stands in for it where its packet shows nothing.
+    needed_pts = set(packets.shown_pts[wanted]) | set(packets.shown_pts[np.maximum(np.array(wanted) - 1, 0)])
+    decoder.forget_damage()
+
+    def needed_packets() -> Iterator[av.Packet | None]:
+        for packet in islice(_packets_from(decoder, packets, start), num_packets):
+            if packet is None:
+                break
+            if packets.marked:
+                context = decoder.stream.codec_context
+                context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
+            yield packet
+        yield None
+
+    previous = -1
+    # Nothing is better than the start, and a hidden key frame does not come out.
+    is_sure = start == packets.keys[0] or packets.pts[start] not in packets.shown_pts
+    for frame in decoder.frames(needed_packets()):
+        if previous < 0 and not frame.key_frame and not is_sure:
+            raise _NoKeyFrameError
+        if frame.pts is None or frame.pts < packets.pts[start]:
+            continue  # shown before the key frame, of which it follows in the file
+        number = int(np.searchsorted(packets.shown_pts, frame.pts))
+        if number <= previous or packets.shown_pts[min(number, len(packets.shown_pts) - 1)] != frame.pts:
+            raise _SeekError  # the times in the file are not those of showing
+        previous = number
+        decoder.note_damage(number, frame)
+        yield number, frame
+
+
+def _packets_from(decoder: Decoder, packets: PacketIndex, start: int) -> Iterator[av.Packet | None]:
+    """Moves to the packet `start`, a key frame, and gives the packets from there on."""
+    for time in _times_to_seek(packets, start):
+        try:
+            decoder.container.seek(time, stream=decoder.stream)
+        except av.FFmpegError:
+            break
+        incoming = decoder.packets()
+        for packet in incoming:
+            if packet is None or not packet.is_keyframe or packet.pts is None:
+                continue
+            if packet.pts == packets.pts[start]:
+                return chain([packet], incoming)
+            if packet.pts > packets.pts[start]:
+                break
+    raise _SeekError
 
 
 def _pick(
@@ -441,38 +473,10 @@ def _stands_for(number: int, index: int) -> bool:
     return number >= index - 1
 
 
-def _repeats_a_frame(packet: av.Packet) -> bool:
-    """AVI repeats a frame by an empty packet, which the decoder would take for the end of the stream."""
-    return packet.size == 0 and packet.pts is not None
-
-
-def _times_to_seek(index: VideoIndex, start: int) -> list[int]:
+def _times_to_seek(packets: PacketIndex, start: int) -> list[int]:
     """Some containers land a little after the time asked for: then an earlier one helps, in the end the start."""
-    times = index.pts[index.starts(start)[:-4:-1]].tolist()
-    return [*times, int(index.pts[0]) - index.ticks_per_second]
-
-
-def _starts_of_gradual_refresh(index: VideoIndex, start: int) -> list[int]:
-    """In a stream that is refreshed bit by bit, pictures are whole only a key frame or two after `start`."""
-    return index.starts(start)[:-4:-1].tolist()
-
-
-def _run_in_threads(work: Callable[[threading.Event], None], num_threads: int) -> None:
-    """Runs `work` in threads, which all end before an error of one of them or Ctrl-C is passed on.
-
-    `work` takes an event that tells it to stop.
-    """
-    stop = threading.Event()
-    done: Future | None = None
-    with ThreadPoolExecutor(num_threads) as pool:
-        running = [pool.submit(work, stop) for _ in range(num_threads)]
-        try:
-            for done in as_completed(running):
-                done.result()
-        finally:
-            stop.set()
-            # The traceback of an error refers to this frame, which must not refer to the error's future in turn.
-            running, done = [], None
+    times = packets.pts[packets.starts(start)[:-4:-1]].tolist()
+    return [*times, int(packets.pts[0]) - packets.ticks_per_second]
 
 
 def _num_threads() -> int:

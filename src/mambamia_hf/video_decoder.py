@@ -1,0 +1,297 @@
+"""An open video file with its decoder: what may be opened, and pictures as a person would see them."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from fractions import Fraction
+from itertools import chain
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from PIL import Image, UnidentifiedImageError
+
+from .video_sources import VideoLimits
+
+
+_PYAV_VERSION = int(av.__version__.split(".")[0])
+
+# Until PyAV 18, metadata that is not UTF-8 raises an error unless it is replaced; PyAV 19 always replaces it.
+_OPEN_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV_VERSION < 19 else {}
+
+# Formats that hold the video themselves. Playlists and scripts, which name other files, are not among them.
+_FORMATS = (
+    "3g2,3gp,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dnxhd,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ivf,kux,"
+    "live_flv,m4a,m4v,matroska,mj2,mjpeg,mov,mp4,mpeg,mpegts,mpegtsraw,mpegvideo,mxf,nsv,nut,nuv,obu,ogg,pva,rm,swf,"
+    "vc1,vc1test,vvc,webm,wtv,yuv4mpegpipe"
+)
+
+# Formats of which one frame is an image.
+_IMAGE_FORMATS = ("apng", "gif")
+
+# What demuxers raise where a file ends or is damaged; PyAV an `IndexError` where a stream turns up late.
+UNREADABLE = (av.FFmpegError, IndexError, MemoryError)
+
+# Stream kinds that accompany a video.
+_NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+
+# A flag of FFmpeg's formats that PyAV has no name for: timestamps may jump (AVFMT_TS_DISCONT).
+_TIMES_MAY_JUMP = 0x0200
+
+
+def open_video(path: str, name: str, limits: VideoLimits) -> tuple[InputContainer, VideoStream]:
+    """Opens a file and finds the video stream that a player shows. The caller closes the container.
+
+    Args:
+        path: The path of the file. It is always taken for a path, also if it looks like an address.
+        name: What to call it in messages.
+        limits: What is refused.
+
+    Raises:
+        ValueError: if this is no video file, has no video stream, its codec is unknown, or it is beyond the limits.
+    """
+    # Not `options`: these would be for the streams, too, and PyAV 14 crashes where a header does not list the streams.
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(f"file:{path}", container_options=options, **_OPEN_OPTIONS)
+    except (*UNREADABLE, ValueError) as error:
+        _refuse_image(path, name)
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(
+            f"{name} cannot be read as a video ({reason}): it is not a video file, or a part of it is "
+            "missing; check that a video player plays it."
+        ) from error
+    try:
+        stream = _shown_stream(container, name)
+        _check_announcements(stream, path, name, limits)
+        return container, stream
+    except BaseException:
+        container.close()
+        raise
+
+
+def may_jump(container: InputContainer) -> bool:
+    """Whether clocks are known to jump in this kind of container, as in broadcasts."""
+    return bool(int(container.format.flags) & _TIMES_MAY_JUMP)
+
+
+def is_image(container: InputContainer, num_frames: int) -> bool:
+    """Whether a container holds a still image."""
+    is_avif = container.metadata.get("major_brand") == "avif"
+    return num_frames == 1 and (container.format.name in _IMAGE_FORMATS or is_avif)
+
+
+def _refuse_image(path: str, name: str) -> None:
+    try:
+        with Image.open(path):
+            pass
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return
+    raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
+
+
+def _shown_stream(container: InputContainer, name: str) -> VideoStream:
+    """The stream that a player shows: the one that is marked as the default, then the largest, then the first."""
+    # The cover picture of a song is a video stream too.
+    streams = [stream for stream in container.streams.video if not stream.disposition & _NOT_SHOWN]
+    if not streams:
+        found = ", ".join(sorted({stream.type for stream in container.streams} - {"video"})) or "nothing"
+        raise ValueError(
+            f"{name} has no video stream but {found}: it has no moving pictures, or a part of it is missing."
+        )
+    decodable = [stream for stream in streams if stream.codec_context is not None]
+    if not decodable:
+        raise ValueError(f"{name} uses a video codec that this FFmpeg cannot decode: convert it to H.264.")
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, int]:
+        size = stream.codec_context.width * stream.codec_context.height
+        return stream.frames != 1, bool(stream.disposition & Disposition.default), size
+
+    return max(decodable, key=rank)
+
+
+def _check_announcements(stream: VideoStream, path: str, name: str, limits: VideoLimits) -> None:
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > limits.pixels:
+        raise ValueError(
+            f"{name} has frames of {width} x {height} pixels, more than {limits.pixels}: make them smaller, or raise "
+            "`pixels` of `limits`."
+        )
+    size = os.path.getsize(path)
+    if stream.frames > size:
+        raise ValueError(f"{name} announces {stream.frames} frames in {size} bytes: the file is damaged.")
+
+
+class Decoder:
+    """An open file with a decoder and a scaler, for one thread. Their own threads end when it is closed.
+
+    It gives no more frames once `stop` is set.
+
+    Attributes:
+        starts_with_key (`bool`): Whether the file starts with a key frame, once `all_frames` was called.
+        num_errors (`int`): How many packets could not be decoded since decoding started.
+        damaged (`set[int]`): The numbers of frames that are wrong, or refer to one that is.
+    """
+
+    def __init__(self, path: str, name: str, limits: VideoLimits, threads: int, stop: threading.Event) -> None:
+        self.stop = stop
+        self.damaged: set[int] = set()
+        self.num_errors = 0
+        self._is_damaged = False
+        self.starts_with_key = True
+        self.container, self.stream = open_video(path, name, limits)
+        self.stream.thread_type = "AUTO"
+        self.stream.thread_count = threads
+        context = self.stream.codec_context
+        context.options = {"max_pixels": str(limits.pixels)}
+        self._size = _display_size(
+            context.width, context.height, cast(Fraction, self.stream.sample_aspect_ratio), limits
+        )
+        self._reformatter = VideoReformatter()  # setting one up takes far longer than a conversion
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # Freeing a decoder holds the interpreter's lock while it waits for its threads, which may wait for the lock
+        # to write a log. Flushing lets go of the lock and leaves them idle.
+        self.stream.codec_context.flush_buffers()
+        # Threads end as nothing refers to decoder and scaler any more; the traceback of an error may refer to `self`.
+        self.container.close()
+        del self.container, self.stream, self._reformatter
+
+    def frames(self, packets: Iterator[av.Packet | None]) -> Iterator[av.VideoFrame]:
+        """Decodes packets, after which `None` brings out what the decoder still holds."""
+        for packet in packets:
+            if self.stop.is_set():
+                return
+            yield from self._decode_packet(packet)
+
+    def all_frames(self) -> Iterator[av.VideoFrame]:
+        """Decodes the file from its start."""
+        packets = self.packets()
+        first = next(packets)
+        self.starts_with_key = first is not None and first.is_keyframe
+        return self.frames(chain([first], packets))
+
+    def packets(self) -> Iterator[av.Packet | None]:
+        """The packets from the present position on, as far as they can be read, and `None` at the end."""
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size or packet.pts is not None:
+                    yield packet
+        except UNREADABLE:
+            pass  # the index has told that the file is cut off
+        yield None
+
+    def _decode_packet(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        if packet is not None and _repeats_a_frame(packet):
+            return []
+        try:
+            return self.stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            self.num_errors += 1
+            self._is_damaged = True  # the frames that depend on this packet are missing or wrong
+            return []
+
+    def numbered(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Numbers frames in the order of the decoder, and notes which are damaged."""
+        for number, frame in enumerate(frames):
+            self.note_damage(number, frame)
+            yield number, frame
+
+    def note_damage(self, number: int, frame: av.VideoFrame) -> None:
+        """Takes note whether `frame`, the next that came out, is damaged itself or through one before it."""
+        self._is_damaged = frame.is_corrupt or (self._is_damaged and not frame.key_frame)
+        (self.damaged.add if self._is_damaged else self.damaged.discard)(number)
+
+    def forget_damage(self) -> None:
+        """Decoding starts anew at another place."""
+        self._is_damaged, self.num_errors = False, 0
+
+    def convert(self, frame: av.VideoFrame) -> np.ndarray:
+        """The picture as a person would see it: upright, square pixels, transparent parts white.
+
+        Returns an array of shape `(height, width, 3)`; before they are turned all pictures have the same size.
+        """
+        width, height = self._size
+        has_alpha = _has_alpha(frame.format)
+        layout = "rgba" if has_alpha else "rgb24"
+        picture = self._reformatter.reformat(frame, width=width, height=height, format=layout).to_ndarray()
+        if has_alpha:
+            opacity = picture[..., 3:].astype(np.uint16)
+            picture = ((picture[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+        return np.ascontiguousarray(_upright(picture, frame))
+
+
+def _display_size(
+    width: int, height: int, pixel_ratio: Fraction | None, limits: VideoLimits
+) -> tuple[int | None, int | None]:
+    """The size with square pixels, where nothing shrinks; `None` for the frame's own."""
+    if not width or not height:
+        return None, None
+    wider, higher = width, height
+    if pixel_ratio is not None and pixel_ratio > 1:
+        wider = round(width * pixel_ratio)
+    elif pixel_ratio is not None and pixel_ratio > 0:
+        higher = round(height / pixel_ratio)
+    # A ratio that makes too large a picture is not believed.
+    return (wider, higher) if wider * higher <= limits.pixels else (width, height)
+
+
+def _has_alpha(layout: av.VideoFormat) -> bool:
+    # Colours of a palette have an opacity, but it is not a component of its own.
+    return layout.name == "pal8" or any(component.is_alpha for component in layout.components)
+
+
+def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turns and mirrors as the display matrix of the frame says, to the nearest quarter turn."""
+    across, swapped_down, swapped_across, down = _display_matrix(frame)
+    if abs(swapped_down) + abs(swapped_across) > abs(across) + abs(down):
+        picture = picture.swapaxes(0, 1)
+        across, down = swapped_across, swapped_down
+    if across < 0:
+        picture = picture[:, ::-1]
+    if down < 0:
+        picture = picture[::-1]
+    return picture
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """What x and y of a pixel become: x goes to `(first, second)`, y to `(third, fourth)`."""
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # a kind of side data that PyAV does not know hides all others
+        return [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][round(frame.rotation / 90) % 4]
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _repeats_a_frame(packet: av.Packet) -> bool:
+    """AVI repeats a frame by an empty packet, which the decoder would take for the end of the stream."""
+    return packet.size == 0 and packet.pts is not None
+
+
+def run_in_threads(work: Callable[[threading.Event], None], num_threads: int) -> None:
+    """Runs `work` in threads, which all end before an error of one of them or Ctrl-C is passed on.
+
+    `work` takes an event that tells it to stop.
+    """
+    stop = threading.Event()
+    done: Future | None = None
+    with ThreadPoolExecutor(num_threads) as pool:
+        running = [pool.submit(work, stop) for _ in range(num_threads)]
+        try:
+            for done in as_completed(running):
+                done.result()
+        finally:
+            stop.set()
+            # The traceback of an error refers to this frame, which must not refer to the error's future in turn.
+            running, done = [], None
