@@ -5,8 +5,10 @@ import http.server
 import io
 import multiprocessing
 import os
+import signal
 import threading
 import time
+import traceback
 import tracemalloc
 import warnings
 
@@ -30,6 +32,7 @@ from video_files import (
 
 from mambamia_hf import video_decoder, video_decoding
 from mambamia_hf.video_decoding import VideoReader, decode_video
+from mambamia_hf.video_sources import VideoLimits
 
 
 class RecordingHandler(http.server.SimpleHTTPRequestHandler):
@@ -275,6 +278,7 @@ def test_memory_is_that_of_the_transformed_frames(tmp_path, set_threads, threads
 
 
 @pytest.mark.parametrize("suffix", [".h264", ".ts"])
+@pytest.mark.filterwarnings("ignore:The times in:UserWarning")
 def test_frames_of_changing_size(tmp_path, set_threads, suffix):
     # Two streams one after the other are a valid stream that changes its size.
     first = write_video(tmp_path / f"a{suffix}", num_frames=20)
@@ -296,10 +300,12 @@ def test_times_that_start_again(tmp_path):
     second = write_video(tmp_path / "b.ts", images=[draw_number(number) for number in range(20, 40)])
     path = tmp_path / "v.ts"
     path.write_bytes(first.read_bytes() + second.read_bytes())
-    frames, metadata = decode_video(path, pick(7, 12, 25, 36))
+    with pytest.warns(UserWarning, match="start again at frame 20, once in all"):
+        frames, metadata = decode_video(path, pick(7, 12, 25, 36))
     assert read_numbers(frames) == [7, 12, 25, 36]
     assert metadata.timestamps == pytest.approx([0.7, 1.2, 2.5, 3.6])
-    assert read_numbers(decode_video(path, pick(2, 7), seek_mode="keyframe")[0]) == [0, 10]
+    with pytest.warns(UserWarning, match="start again"):
+        assert read_numbers(decode_video(path, pick(2, 7), seek_mode="keyframe")[0]) == [0, 10]
 
 
 class TestReader:
@@ -369,6 +375,19 @@ def fail(frame):
     raise ZeroDivisionError
 
 
+def interrupt_once():
+    """A transform that does what Ctrl-C does, at the first frame."""
+    first = iter([True])
+
+    def interrupt(frame):
+        if next(first, False):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return frame
+
+    return interrupt
+
+
 def num_threads():
     """Those of FFmpeg included, where the system tells (Linux)."""
     tasks = "/proc/self/task"
@@ -385,16 +404,20 @@ def decode_and_collect(path):
 class TestNothingOutlivesACall:
     """A thread of a decoder or scaler does not exist in a forked child, which waits for its end for ever."""
 
-    @pytest.fixture(params=["success", "transform that raises", "container that cannot be entered", "damaged"])
+    @pytest.fixture(params=["success", "raises", "Ctrl-C", "container that cannot be entered", "damaged"])
     def decoded_before(self, request, tmp_path, set_threads):
         set_threads(4)
+        gc.collect()  # encoders of other tests
         before = num_threads()
         error = None
         if request.param == "success":
             decode_video(write_video(tmp_path / "a.mp4"), pick(5, 25))
-        elif request.param == "transform that raises":
+        elif request.param == "raises":
             with pytest.raises(ZeroDivisionError) as error:
                 decode_video(write_video(tmp_path / "a.mp4"), transform=fail)
+        elif request.param == "Ctrl-C":
+            with pytest.raises(KeyboardInterrupt) as error:
+                decode_video(write_video(tmp_path / "a.mp4"), transform=interrupt_once())
         elif request.param == "container that cannot be entered":
             decode_video(write_video(tmp_path / "a.avi"), pick(5, 25))
             decode_video(write_video(tmp_path / "a.mjpeg", codec="mjpeg", codec_options={"strict": "-1"}), pick(5))
@@ -543,6 +566,27 @@ class TestSources:
         assert metadata.total_num_frames == 40
         with pytest.raises(ValueError, match=r"nothing.mp4' could not be downloaded .*404"):
             decode_video(f"{server.address}/nothing.mp4")
+
+    @pytest.mark.parametrize("what", ["nothing.mp4", "v.txt"])
+    def test_secrets_in_addresses_are_not_told(self, tmp_path, server, what):
+        (tmp_path / "v.txt").write_text("no video\n" * 100)
+        address = server.address.replace("http://", "HTTP://user:hunter2@")
+        with pytest.raises(ValueError) as caught:
+            decode_video(f"{address}/{what}?token=swordfish#abc")
+        assert f"{server.address.replace('http', 'HTTP')}/{what}'" in str(caught.value)
+        for secret in ("hunter2", "swordfish"):
+            assert secret not in "".join(traceback.format_exception_only(caught.value))
+
+    @pytest.mark.parametrize("limits", [VideoLimits(download_seconds=0), VideoLimits(copied_bytes=100)])
+    def test_downloads_have_limits(self, tmp_path, server, limits):
+        write_video(tmp_path / "v.mp4")
+        with pytest.raises(ValueError, match="more than (0 seconds|100 bytes)"):
+            decode_video(f"{server.address}/v.mp4", limits=limits)
+
+    @pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:1/v.mp4", "https://"])
+    def test_addresses_of_nothing(self, address):
+        with pytest.raises(ValueError, match="could not be downloaded"):
+            decode_video(address)
 
     def test_progress_bar_only_when_asked(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "300")  # room for a long path

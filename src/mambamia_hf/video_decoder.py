@@ -34,6 +34,9 @@ _FORMATS = (
 # Formats of which one frame is an image.
 _IMAGE_FORMATS = ("apng", "gif")
 
+# What demuxers raise where a file ends or is damaged; PyAV an `IndexError` where a stream turns up late.
+UNREADABLE = (av.FFmpegError, IndexError, MemoryError)
+
 # Stream kinds that accompany a video.
 _NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
@@ -56,7 +59,7 @@ def open_video(path: str, name: str, limits: VideoLimits) -> tuple[InputContaine
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     try:
         container = av.open(f"file:{path}", container_options=options, **_OPEN_OPTIONS)
-    except (av.FFmpegError, ValueError, MemoryError, IndexError) as error:
+    except (*UNREADABLE, ValueError) as error:
         _refuse_image(path, name)
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ValueError(
@@ -131,12 +134,14 @@ class Decoder:
 
     Attributes:
         starts_with_key (`bool`): Whether the file starts with a key frame, once `all_frames` was called.
+        num_errors (`int`): How many packets could not be decoded since decoding started.
         damaged (`set[int]`): The numbers of frames that are wrong, or refer to one that is.
     """
 
     def __init__(self, path: str, name: str, limits: VideoLimits, threads: int, stop: threading.Event) -> None:
         self.stop = stop
         self.damaged: set[int] = set()
+        self.num_errors = 0
         self._is_damaged = False
         self.starts_with_key = True
         self.container, self.stream = open_video(path, name, limits)
@@ -169,22 +174,30 @@ class Decoder:
 
     def all_frames(self) -> Iterator[av.VideoFrame]:
         """Decodes the file from its start."""
-        packets = self.container.demux(self.stream)
+        packets = self.packets()
         first = next(packets)
-        self.starts_with_key = first.is_keyframe
+        self.starts_with_key = first is not None and first.is_keyframe
         return self.frames(chain([first], packets))
+
+    def packets(self) -> Iterator[av.Packet | None]:
+        """The packets from the present position on, as far as they can be read, and `None` at the end."""
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size or packet.pts is not None:
+                    yield packet
+        except UNREADABLE:
+            pass  # the index has told that the file is cut off
+        yield None
 
     def _decode_packet(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         if packet is not None and _repeats_a_frame(packet):
             return []
         try:
-            frames = self.stream.codec_context.decode(packet)
+            return self.stream.codec_context.decode(packet)
         except av.FFmpegError:
+            self.num_errors += 1
             self._is_damaged = True  # the frames that depend on this packet are missing or wrong
             return []
-        if packet is not None and packet.is_corrupt:
-            self._is_damaged = True
-        return frames
 
     def numbered(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Numbers frames in the order of the decoder, and notes which are damaged."""
@@ -199,7 +212,7 @@ class Decoder:
 
     def forget_damage(self) -> None:
         """Decoding starts anew at another place."""
-        self._is_damaged = False
+        self._is_damaged, self.num_errors = False, 0
 
     def convert(self, frame: av.VideoFrame) -> np.ndarray:
         """The picture as a person would see it: upright, square pixels, transparent parts white.

@@ -1,9 +1,9 @@
 """From a video file to the sampled frames, in bounded memory.
 
-A file is read in two passes. The first indexes it without decoding ([`video_index`]). The second decodes the wanted
-frames only: it seeks to the key frame before a wanted frame, goes on from there to the last frame that is wanted
-before the next key frame, and so on. Several threads, each with a decoder of its own, share these parts of the file.
-Each converts and resizes a wanted frame as soon as it is decoded, so that only resized frames are ever held.
+A file is read in two passes. The first indexes it, in general without decoding ([`video_index`]). The second decodes
+the wanted frames only: it seeks to the key frame before a wanted frame, goes on from there to the last frame that is
+wanted before the next key frame, and so on. Several threads, each with a decoder of its own, share these parts of the
+file. Each converts and resizes a wanted frame as soon as it is decoded, so that only resized frames are ever held.
 """
 
 import threading
@@ -82,7 +82,7 @@ class VideoReader:
         ValueError: if the file holds no readable video, or there is no such `seek_mode`.
 
     Warns:
-        UserWarning: if the file is cut off.
+        UserWarning: if the file is cut off, or its times cannot be trusted.
     """
 
     def __init__(self, source: VideoSource, seek_mode: str = "exact", limits: VideoLimits = _DEFAULT_LIMITS) -> None:
@@ -134,7 +134,7 @@ class VideoReader:
                 wanted of a video without any.
 
         Warns:
-            UserWarning: if some of the frames cannot be decoded, or key frames are repeated.
+            UserWarning: if some of the frames cannot be decoded or are damaged, or key frames are repeated.
         """
         indices = self._checked(np.asarray(indices, dtype=int))
         if self.seek_mode == "keyframe":
@@ -279,9 +279,9 @@ def decode_video(
     """
     Decodes the sampled frames of a video: a [`VideoReader`] that is asked once.
 
-    Frames are turned upright where the file says that they are recorded on their side. Resizing belongs into
-    `transform`: the result then equals that of decoding at full size and resizing afterwards, while only resized
-    frames are held.
+    Frames are as a person would see them: turned and mirrored as the file says, with square pixels, and white where
+    they are transparent (FFmpeg's decoders of VP8 and VP9 leave transparency out). Resizing belongs into `transform`:
+    the result then equals that of decoding at full size and resizing afterwards, while only resized frames are held.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or binary file object):
@@ -309,8 +309,8 @@ def decode_video(
             such `seek_mode`, or key frames are wanted of a video without any.
 
     Warns:
-        UserWarning: if the file is cut off or damaged and only some of the frames can be read, or if key frames are
-            repeated.
+        UserWarning: if the file is cut off or damaged and some of the frames are missing or wrong, if its times cannot
+            be trusted, or if key frames are repeated.
     """
     with VideoReader(source, seek_mode, limits) as reader:
         if sample_indices_fn is None:
@@ -375,9 +375,10 @@ def _decode_group(decoder: Decoder, packets: PacketIndex, start: int, wanted: li
     for key in _entries(packets.starts(start)):
         found = set()
         try:
-            for picked in _pick(_numbered_frames(decoder, packets, key, wanted), wanted):
-                images.put(*picked, decoder)
-                found.add(picked[0])
+            for index, number, frame in _pick(_numbered_frames(decoder, packets, key, wanted), wanted):
+                if index == number or not decoder.num_errors:  # a frame that is lost has no substitute
+                    images.put(index, number, frame, decoder)
+                    found.add(index)
         except _NoKeyFrameError:
             continue
         wanted = [number for number in wanted if number not in found]
@@ -392,7 +393,7 @@ def _entries(starts: np.ndarray) -> list[int]:
     key frame or two after the one at which decoding started.
     """
     places = [len(starts) - step for step in (2**power for power in range(32)) if step < len(starts)]
-    return starts[[*places, 0]].tolist()
+    return starts[list(dict.fromkeys([*places, 0]))].tolist()
 
 
 def _numbered_frames(
@@ -406,6 +407,8 @@ def _numbered_frames(
 
     def needed_packets() -> Iterator[av.Packet | None]:
         for packet in islice(_packets_from(decoder, packets, start), num_packets):
+            if packet is None:
+                break
             if packets.marked:
                 context = decoder.stream.codec_context
                 context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
@@ -413,9 +416,10 @@ def _numbered_frames(
         yield None
 
     previous = -1
-    is_hidden = packets.pts[start] not in packets.shown_pts  # then the key frame does not come out
+    # Nothing is better than the start, and a hidden key frame does not come out.
+    is_sure = start == packets.keys[0] or packets.pts[start] not in packets.shown_pts
     for frame in decoder.frames(needed_packets()):
-        if previous < 0 and not frame.key_frame and not is_hidden:
+        if previous < 0 and not frame.key_frame and not is_sure:
             raise _NoKeyFrameError
         if frame.pts is None or frame.pts < packets.pts[start]:
             continue  # shown before the key frame, of which it follows in the file
@@ -427,18 +431,20 @@ def _numbered_frames(
         yield number, frame
 
 
-def _packets_from(decoder: Decoder, packets: PacketIndex, start: int) -> Iterator[av.Packet]:
+def _packets_from(decoder: Decoder, packets: PacketIndex, start: int) -> Iterator[av.Packet | None]:
     """Moves to the packet `start`, a key frame, and gives the packets from there on."""
     for time in _times_to_seek(packets, start):
         try:
             decoder.container.seek(time, stream=decoder.stream)
         except av.FFmpegError:
             break
-        incoming = decoder.container.demux(decoder.stream)
+        incoming = decoder.packets()
         for packet in incoming:
-            if packet.is_keyframe and packet.pts == packets.pts[start]:
+            if packet is None or not packet.is_keyframe or packet.pts is None:
+                continue
+            if packet.pts == packets.pts[start]:
                 return chain([packet], incoming)
-            if packet.is_keyframe and packet.pts is not None and packet.pts > packets.pts[start]:
+            if packet.pts > packets.pts[start]:
                 break
     raise _SeekError
 

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import Any, NamedTuple
 
 import av
@@ -21,7 +21,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from transformers.video_utils import VideoMetadata
 
-from .video_decoder import Decoder, is_image, may_jump, open_video, run_in_threads
+from .video_decoder import UNREADABLE, Decoder, is_image, may_jump, open_video, run_in_threads
 from .video_sources import VideoLimits
 from .video_times import MAX_REORDERED, longest_believable_gap, repaired_times, typical_step
 
@@ -82,6 +82,7 @@ class VideoIndex:
     Args:
         metadata (`TimedVideoMetadata`): What users learn about the video.
         keys (`np.ndarray` of shape `(num_keys,)`): The numbers of the key frames.
+        is_retimed (`bool`): Whether the times are not those that the file states.
         num_skipped (`int`): The frames that the decoder gives before the first one that is counted.
         packets (`PacketIndex`, *optional*):
             Which packet holds which frame, if packets tell the frames; otherwise all has to be decoded in order.
@@ -89,6 +90,7 @@ class VideoIndex:
 
     metadata: TimedVideoMetadata
     keys: np.ndarray
+    is_retimed: bool = False
     num_skipped: int = 0
     packets: "PacketIndex | None" = None
 
@@ -105,6 +107,7 @@ class PacketIndex:
         shown_pts (`np.ndarray` of shape `(num_frames,)`): When these are shown, ascending.
         ticks_per_second (`int`): The inverse of the time base.
         marked (`bool`): Whether decoders know before decoding a frame that no other refers to it.
+        may_be_reordered (`bool`): Whether the decoder may show frames in another order than that of the file.
     """
 
     pts: np.ndarray
@@ -113,6 +116,7 @@ class PacketIndex:
     shown_pts: np.ndarray
     ticks_per_second: int
     marked: bool
+    may_be_reordered: bool
 
     def starts(self, packet: int) -> np.ndarray:
         """The packets from which the frame of `packet` can be decoded, the nearest last."""
@@ -157,35 +161,45 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
         announced = _announced_duration(container, stream, packets)
         index = _index_by_packets(packets, container, stream)
         needs_decoding = _needs_the_start(container, stream, path)
-    if index is None or needs_decoding or not _tells_the_order(index.packets, path, name, limits):
+    if (
+        index is None
+        or index.packets is None
+        or needs_decoding
+        or not _passes_trial(index.packets, path, name, limits)
+    ):
         index = index_by_decoding(path, name, limits, threads)
-    _warn_if_cut(packets.is_cut, index.metadata, announced, name, path, limits)
+    if not index.is_retimed and _is_short(index.metadata.duration, announced):
+        packets = packets._replace(
+            is_cut=packets.is_cut or not _goes_on_without_pictures(path, name, limits, announced)
+        )
+    if packets.is_cut:
+        _warn_of_cut(index.metadata, announced, name)
     return index
 
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
     pts, is_key, is_shown, is_corrupt, durations = [], [], [], [], []
     is_cut = False
-    shows = _shows_vp8_frame if stream.codec_context.name == "vp8" else len
+    is_vp8 = stream.codec_context.name == "vp8"
     try:
         for packet in container.demux(stream):
             if packet.pts is None and packet.size == 0:
                 continue  # marks the end of the stream
             pts.append(packet.pts)
             is_key.append(packet.is_keyframe)
-            is_shown.append(packet.size > 0 and not packet.is_discard and bool(shows(memoryview(packet))))
+            is_shown.append(packet.size > 0 and not packet.is_discard and not (is_vp8 and _is_hidden_in_vp8(packet)))
             is_corrupt.append(packet.is_corrupt)
             durations.append(packet.duration or 0)
-    except (av.FFmpegError, IndexError, MemoryError):
+    except UNREADABLE:
         is_cut = True
     if is_corrupt and is_corrupt[-1]:
         is_cut, is_corrupt[-1], is_shown[-1] = True, False, False
     return _Packets(pts, np.array(is_key), np.array(is_shown, dtype=bool), np.array(is_corrupt), durations, is_cut)
 
 
-def _shows_vp8_frame(packet: memoryview) -> bool:
+def _is_hidden_in_vp8(packet: av.Packet) -> bool:
     """VP8 keeps frames that only others refer to in packets of their own."""
-    return bool(packet[0] & 0x10)
+    return not memoryview(packet)[0] & 0x10
 
 
 def _index_by_packets(packets: _Packets, container: InputContainer, stream: VideoStream) -> VideoIndex | None:
@@ -213,6 +227,7 @@ def _index_by_packets(packets: _Packets, container: InputContainer, stream: Vide
         shown_pts=pts[shown],
         ticks_per_second=round(1 / time_base),
         marked=stream.codec_context.name in _CODECS_WITH_MARKED_FRAMES,
+        may_be_reordered=stream.codec_context.has_b_frames,
     )
     metadata = _make_metadata(timestamps, last_duration, stream)
     return VideoIndex(metadata, np.flatnonzero(np.isin(shown, keys)), packets=packet_index)
@@ -254,24 +269,27 @@ def _flv_changes_its_header(path: str) -> bool:
     return len(headers) > 1
 
 
-def _tells_the_order(packets: PacketIndex | None, path: str, name: str, limits: VideoLimits) -> bool:
-    """Whether the timestamps are those of showing. Some containers number the packets as they follow each other.
+def _passes_trial(packets: PacketIndex, path: str, name: str, limits: VideoLimits) -> bool:
+    """Whether the first frames come out of the decoder as their packets say, where there is reason to doubt it.
 
-    Only a stream that may show frames in another order than that of the file needs a trial.
+    Some containers number the packets as they follow each other, although frames are shown in another order. Where a
+    file begins within a group of pictures, its first key frame may be none.
     """
-    if packets is None or (np.diff(packets.shown) < 0).any():
-        return True
-    is_ascending = True
+    begins_within = packets.keys[0] > 0
+    is_ascending = bool((np.diff(packets.shown) > 0).all())
+    times: list[int | None] = []
 
     def decode_some(stop: threading.Event) -> None:
-        nonlocal is_ascending
         with Decoder(path, name, limits, 1, stop) as decoder:
-            if decoder.stream.codec_context.has_b_frames:
-                times = [frame.pts for frame in islice(decoder.all_frames(), _TRIAL_FRAMES) if frame.pts is not None]
-                is_ascending = times == sorted(times)
+            frames = decoder.all_frames()
+            if begins_within:
+                frames = dropwhile(lambda frame: not frame.key_frame, frames)
+            times.extend(frame.pts for frame in islice(frames, _TRIAL_FRAMES))
 
+    if not begins_within and not (is_ascending and packets.may_be_reordered):
+        return True
     run_in_threads(decode_some, 1)
-    return is_ascending
+    return times == packets.shown_pts[: len(times)].tolist() and len(times) > 0
 
 
 def index_by_decoding(path: str, name: str, limits: VideoLimits, threads: int) -> VideoIndex:
@@ -285,18 +303,23 @@ def index_by_decoding(path: str, name: str, limits: VideoLimits, threads: int) -
     """
     times, is_key = [], []
     metadata: TimedVideoMetadata | None = None
-    first = 0
+    first = num_errors = 0
     problems: list[str] = []
 
     def decode_all(stop: threading.Event) -> None:
-        nonlocal metadata, first, problems
+        nonlocal metadata, first, problems, num_errors
         with Decoder(path, name, limits, threads, stop) as decoder:
             time_base = float(decoder.stream.time_base or 1)
-            for frame in decoder.all_frames():
+            frames = decoder.all_frames()
+            has_key = decoder.starts_with_key
+            for frame in frames:
+                if frame.key_frame and not has_key:
+                    has_key, decoder.num_errors = True, 0  # what comes before could not be decoded
                 times.append(np.nan if frame.pts is None else frame.pts * time_base)
                 is_key.append(frame.key_frame)
             if not times:
                 return
+            num_errors = decoder.num_errors
             # In a stream that begins within a group of pictures, frames before the first key frame cannot be whole.
             first = is_key.index(True) if True in is_key and not decoder.starts_with_key else 0
             frame_duration = 1 / _frame_rate(decoder.stream)
@@ -306,9 +329,14 @@ def index_by_decoding(path: str, name: str, limits: VideoLimits, threads: int) -
     run_in_threads(decode_all, 1)
     if metadata is None:
         raise ValueError(f"No frame of {name} can be decoded: the file is damaged.")
+    if num_errors:
+        warnings.warn(
+            f"{name} is damaged: {num_errors} of its packets cannot be decoded, and their frames are left out.",
+            stacklevel=5,
+        )
     for problem in problems:
-        warnings.warn(f"The times in {name} cannot be trusted: {problem}.", stacklevel=4)
-    return VideoIndex(metadata, np.flatnonzero(is_key[first:]), num_skipped=first)
+        warnings.warn(f"The times in {name} cannot be trusted: {problem}.", stacklevel=5)
+    return VideoIndex(metadata, np.flatnonzero(is_key[first:]), is_retimed=bool(problems), num_skipped=first)
 
 
 def _make_metadata(timestamps: np.ndarray, last_duration: float, stream: VideoStream) -> TimedVideoMetadata:
@@ -337,11 +365,13 @@ def _last_duration(stated: float, timestamps: np.ndarray, stream: VideoStream) -
 
 
 def _announced_duration(container: InputContainer, stream: VideoStream, packets: _Packets) -> float | None:
-    """The seconds that the header states for the video stream, or else for the whole file."""
-    known = [value for value in packets.pts if value is not None]
+    """The seconds from the first key frame on that the header states for the video, or else for the whole file."""
+    first = int(np.argmax(packets.is_key))
+    known = [value for value in packets.pts[first:] if value is not None]
     start = float(min(known) * (stream.time_base or 1)) if known else 0.0
     if stream.duration:
-        return float(stream.duration * (stream.time_base or 1))
+        skipped = start - float((stream.start_time or 0) * (stream.time_base or 1)) if first else 0.0
+        return float(stream.duration * (stream.time_base or 1)) - skipped
     # Matroska and WebM state it as 00:00:25.025000000.
     if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
         hours, minutes, seconds = map(float, match.groups())
@@ -349,25 +379,21 @@ def _announced_duration(container: InputContainer, stream: VideoStream, packets:
     return container.duration / av.time_base - start if container.duration else None
 
 
-def _warn_if_cut(
-    is_cut: bool, metadata: TimedVideoMetadata, announced: float | None, name: str, path: str, limits: VideoLimits
-) -> None:
+def _is_short(duration: float, announced: float | None) -> bool:
     # Clocks of containers may be coarse.
-    is_cut = is_cut or (
-        announced is not None
-        and announced > 1.02 * metadata.duration + 0.25
-        and not _goes_on_without_pictures(path, name, limits, announced)
+    return announced is not None and announced > 1.02 * duration + 0.25
+
+
+def _warn_of_cut(metadata: TimedVideoMetadata, announced: float | None, name: str) -> None:
+    whole = f" of {announced:.1f}" if announced is not None else ""
+    warnings.warn(
+        f"{name} is cut off: the {metadata.total_num_frames} frames that can be read, the first "
+        f"{metadata.duration:.1f}{whole} seconds, are used.",
+        stacklevel=5,
     )
-    if is_cut:
-        whole = f" of {announced:.1f}" if announced is not None else ""
-        warnings.warn(
-            f"{name} is cut off: the {metadata.total_num_frames} frames that can be read, the first "
-            f"{metadata.duration:.1f}{whole} seconds, are used.",
-            stacklevel=4,
-        )
 
 
-def _goes_on_without_pictures(path: str, name: str, limits: VideoLimits, announced: float) -> bool:
+def _goes_on_without_pictures(path: str, name: str, limits: VideoLimits, announced: float | None) -> bool:
     """Whether sound or subtitles fill the announced time after the last picture."""
     container, stream = open_video(path, name, limits)
     with container:
@@ -378,6 +404,6 @@ def _goes_on_without_pictures(path: str, name: str, limits: VideoLimits, announc
                     starts.append(float(packet.pts * packet.time_base))
                     if packet.stream_index != stream.index:
                         ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        except av.FFmpegError:
+        except UNREADABLE:
             return False
-    return bool(ends) and max(ends) - min(starts) >= 0.98 * announced - 0.25
+    return bool(ends) and not _is_short(max(ends) - min(starts), announced)

@@ -1,6 +1,7 @@
 """Video processor of MambaMia: samples, resizes and normalises videos from files, URLs, arrays or lists of images."""
 
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
@@ -27,6 +28,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_f
 
 from .video_decoding import decode_video
 from .video_index import TimedVideoMetadata
+from .video_sources import VideoSource
 
 
 _READING_OPTIONS = (
@@ -145,7 +147,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         """Samples, resizes and normalises videos.
 
         Args:
-            videos: Videos as paths, URLs, lists of frames, arrays or tensors, one or a (nested) list of them.
+            videos:
+                Videos as paths, URLs, the bytes of files, open files, lists of frames, arrays or tensors, one or a
+                (nested) list of them.
             kwargs: Settings that differ from those of this processor for this call.
 
         Returns:
@@ -169,10 +173,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         options.update(video_metadata=metadata, do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
         return super().preprocess(frames, **options)
 
-    def make_video_list(self, videos: VideoInput) -> list[str | np.ndarray | torch.Tensor]:
+    def make_video_list(self, videos: VideoInput) -> list[VideoSource | np.ndarray | torch.Tensor]:
         """
-        Flattens the ways of passing videos into one list with one entry per video: a path or URL, or an array or
-        tensor of 4 dimensions.
+        Flattens the ways of passing videos into one list with one entry per video: a path, URL, bytes or open file,
+        or an array or tensor of 4 dimensions.
 
         A list of paths or URLs is a list of videos. Where they are nested as deeply as a chat nests them, conversation
         by conversation and video by video, they are the images that are the frames of one video.
@@ -182,9 +186,11 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         """
         return self._flatten_videos(videos, depth=0)
 
-    def _flatten_videos(self, item: Any, depth: int) -> list[str | np.ndarray | torch.Tensor]:
+    def _flatten_videos(self, item: Any, depth: int) -> list[VideoSource | np.ndarray | torch.Tensor]:
         if isinstance(item, str | os.PathLike):
             return [os.fspath(item)]
+        if isinstance(item, bytes) or hasattr(item, "read"):
+            return [item]
         if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 5:
             return list(item)
         if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 4:
@@ -196,8 +202,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             )
         if not isinstance(item, list | tuple):
             raise ValueError(
-                f"`videos` holds {item!r} ({type(item).__name__}): pass a video as a path, a URL, a list of frames or "
-                "an array of 4 dimensions."
+                f"`videos` holds {reprlib.repr(item)} ({type(item).__name__}): pass a video as a path, a URL, the "
+                "bytes of a file, an open file, a list of frames or an array of 4 dimensions."
             )
         if item and all(is_valid_video_frame(frame) for frame in item):
             return [_stack_frames(item)]
@@ -294,7 +300,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         flat_videos = self.make_video_list(videos)
         if not flat_videos:
             raise ValueError("`videos` is an empty list: pass at least one video.")
-        given_metadata = make_batched_metadata(cast(Any, flat_videos), video_metadata=video_metadata)
+        # Files have metadata of their own; Transformers wants to see arrays or names.
+        arrays = [video if isinstance(video, np.ndarray | torch.Tensor) else "" for video in flat_videos]
+        given_metadata = make_batched_metadata(cast(Any, arrays), video_metadata=video_metadata)
         if len(given_metadata) != len(flat_videos):
             raise ValueError(
                 f"There are {len(flat_videos)} videos but {len(given_metadata)} entries in `video_metadata`: pass one "
@@ -309,9 +317,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
 
         loaded = []
         for video, known in zip(flat_videos, given_metadata, strict=True):
-            if isinstance(video, str):
-                reading = {"progress": options["progress"], "seek_mode": options["seek_mode"]}
-                loaded.append(self.fetch_videos(video, sample, transform=resize, **reading))
+            if not isinstance(video, np.ndarray | torch.Tensor):
+                reading: Any = {"progress": options["progress"], "seek_mode": options["seek_mode"]}
+                loaded.append(self.fetch_videos(cast(Any, video), sample, transform=resize, **reading))
             else:
                 loaded.append(_sample_array(video, known, sample, kwargs.get("input_data_format")))
         return [frames for frames, _ in loaded], [metadata for _, metadata in loaded]

@@ -76,7 +76,7 @@ def _sorted_if_in_file_order(times: np.ndarray) -> np.ndarray:
     """AVI and MXF time the packets as they follow each other, so that frames swap their times but lose none."""
     order = np.argsort(times, kind="stable")
     steps = np.diff(times[order])
-    is_regular = len(steps) > 0 and 0 < steps.max() < _MAX_IRREGULARITY * np.median(steps) and steps.min() > 0
+    is_regular = len(steps) > 0 and 0 < steps.max() < _MAX_IRREGULARITY * np.median(steps)
     is_near = np.abs(order - np.arange(len(order))).max() <= MAX_REORDERED
     return times[order] if is_regular and is_near else times
 
