@@ -1,4 +1,4 @@
-"""The compressor: a block beside its bare products, reading only anchors, growth with frames, and the full size.
+"""The compressor: a block and its parts, reading only anchors, growth with the frames, and the full size.
 
 python benchmarks/compressor.py --parts block layers growth full
 """
@@ -12,13 +12,12 @@ import torch
 from measure import extra_bytes, median_seconds, peak_rss, plot, report
 
 from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig
-from mambamia_hf.modeling_compressor import _SEGMENT_TOKENS, MambaMiaSpatialBlock
-from mambamia_hf.ssd import _MAX_CHUNK_SIZE, _MAX_HEADS
+from mambamia_hf.modeling_compressor import MambaMiaSpatialBlock
+from mambamia_hf.ssd import ssd_chunk_scan
 
 
 FULL_SIZE = {"input_size": 1152, "hidden_size": 3072, "output_size": 3584}
 SMALL = {"input_size": 64, "hidden_size": 64, "output_size": 64, "head_dim": 32, "state_size": 16}
-CHUNK, HEADS_AT_ONCE = _MAX_CHUNK_SIZE["cpu"], _MAX_HEADS["cpu"]
 
 
 def spatial_block(config: MambaMiaCompressorConfig) -> MambaMiaSpatialBlock:
@@ -28,51 +27,51 @@ def spatial_block(config: MambaMiaCompressorConfig) -> MambaMiaSpatialBlock:
 def projections(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
     """in_proj and out_proj alone."""
     width = 2 * config.intermediate_size + 2 * config.n_groups * config.state_size + config.num_heads
-    into, out = torch.randn(width, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
+    in_proj, out_proj = (
+        torch.randn(width, config.hidden_size),
+        torch.randn(config.hidden_size, config.intermediate_size),
+    )
     x, gated = torch.randn(length, config.hidden_size), torch.randn(length, config.intermediate_size)
 
     def run():
-        torch.nn.functional.linear(x, into)
-        torch.nn.functional.linear(gated, out)
+        torch.nn.functional.linear(x, in_proj)
+        torch.nn.functional.linear(gated, out_proj)
 
     return run
 
 
-def scan_products(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
-    """The products of the scans of both directions alone, on matrices that are in the cache already."""
-    heads, head_dim, state = HEADS_AT_ONCE, config.head_dim, config.state_size
-    weights, x = torch.randn(heads, CHUNK, CHUNK), torch.randn(heads, CHUNK, head_dim)
-    B, states = torch.randn(heads, CHUNK, state) * 1e-3, torch.randn(heads, state, head_dim)
-    y = torch.empty_like(x)
+def scans(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
+    """The scans of both directions alone."""
+    x = torch.randn(1, length, config.num_heads, config.head_dim)
+    delta = torch.empty(1, length, config.num_heads).uniform_(config.time_step_min, config.time_step_max)
+    A = -torch.empty(config.num_heads).uniform_(*config.A_init_range)
+    B, C = torch.randn(2, 1, length, config.n_groups, config.state_size)
+    D = torch.ones(config.num_heads)
 
     def run():
-        for _ in range(2 * (length // CHUNK) * (config.num_heads // heads)):
-            B[0] @ B[0].mT
-            torch.bmm(weights, x, out=y)
-            torch.bmm(B, states, out=y)
-            states.baddbmm_(B.mT, x)
+        for _ in range(2):
+            ssd_chunk_scan(x, delta, A, B, C, config.chunk_size, D=D)
 
     return run
 
 
 def block() -> list[dict]:
-    """One full-width block on 4,800 tokens."""
-    config, length = MambaMiaCompressorConfig(**FULL_SIZE), 4800
+    """One full-width block on 1,200 tokens, which are one segment on a CPU."""
+    config, length = MambaMiaCompressorConfig(**FULL_SIZE), 1200
     layer, hidden_states = spatial_block(config), torch.randn(1, length, config.hidden_size)
     seconds = median_seconds(
         {
-            "block": lambda: layer(hidden_states, _SEGMENT_TOKENS),
+            "block": lambda: layer(hidden_states),
             "in_proj and out_proj": projections(config, length),
-            "products of the scans": scan_products(config, length),
+            "both scans": scans(config, length),
         }
     )
-    seconds["all products"] = seconds["in_proj and out_proj"] + seconds["products of the scans"]
     return [
         {
             "part": "block",
             "who": who,
             "tokens": length,
-            "us a token": value / length * 1e6,
+            "us per token": value / length * 1e6,
             "share of the block's time": value / seconds["block"],
         }
         for who, value in seconds.items()
@@ -80,7 +79,7 @@ def block() -> list[dict]:
 
 
 def layers() -> list[dict]:
-    """Three full-width blocks, every token through all of them against the last one read out at the anchors only."""
+    """Three full-width blocks: every token of the last block against its anchors only."""
     rows, length = [], 2400
     for placement in ("post_mixer", "pre_mixer", None):
         config = MambaMiaCompressorConfig(**FULL_SIZE, gpa_placement=placement)
@@ -90,8 +89,8 @@ def layers() -> list[dict]:
         def run(anchors_only: bool, blocks=blocks, start=start) -> torch.Tensor:
             hidden_states = start.clone()
             for layer in blocks[:-1]:
-                layer(hidden_states, _SEGMENT_TOKENS)
-            return blocks[-1](hidden_states, _SEGMENT_TOKENS, anchors_only=anchors_only)
+                hidden_states = layer(hidden_states, needs_gradient=False)
+            return blocks[-1](hidden_states, anchors_only=anchors_only, needs_gradient=False)
 
         row_length = config.patches_per_anchor + 1
         difference = (run(False)[:, row_length - 1 :: row_length] - run(True)).abs().max().item()
@@ -101,7 +100,7 @@ def layers() -> list[dict]:
                 "part": "layers",
                 "who": f"{placement}, {who} of the last block",
                 "tokens": length,
-                "us a token": value / length * 1e6,
+                "us per token": value / length * 1e6,
                 "times faster": seconds["every token"] / value,
                 "largest difference": difference,
             }
@@ -111,13 +110,13 @@ def layers() -> list[dict]:
 
 
 def growth() -> list[dict]:
-    """A small width from 96 frames to 6,144: time a frame, and the memory that a call takes."""
+    """A small width from 96 frames to 6,144: time per frame, and the memory that a call takes."""
     compressor, rows = MambaMiaCompressor(MambaMiaCompressorConfig(**SMALL)).eval(), []
     for frames in (96, 384, 1536, 6144):
-        features = torch.randn(1, frames, 576, SMALL["input_size"])
+        patch_features = torch.randn(1, frames, 576, SMALL["input_size"])
 
-        def run(features=features):
-            return compressor(features, return_dict=True)
+        def run(patch_features=patch_features):
+            return compressor(patch_features, return_dict=True)
 
         seconds = median_seconds({"ours": run}, runs=5 if frames < 6144 else 1)["ours"]
         memory, anchors = extra_bytes(run), run().last_hidden_state.nbytes
@@ -126,7 +125,7 @@ def growth() -> list[dict]:
             {
                 "part": "growth",
                 "frames": frames,
-                "ms a frame": seconds / frames * 1e3,
+                "ms per frame": seconds / frames * 1e3,
                 "MB beside features": memory / 1e6,
                 "MB of the sequence": sequence / 1e6,
                 "MB of the anchors": anchors / 1e6,
@@ -145,9 +144,9 @@ def growth() -> list[dict]:
 
 
 def full(frames: int) -> list[dict]:
-    """All of the full-size compressor, its time split by stage, and the most memory that the process held."""
+    """The full-size compressor: its time by stage, and the most memory that the process held."""
     compressor = MambaMiaCompressor(MambaMiaCompressorConfig(**FULL_SIZE)).eval()
-    features = torch.randn(1, frames, 576, FULL_SIZE["input_size"])
+    patch_features = torch.randn(1, frames, 576, FULL_SIZE["input_size"])
     marks = []
 
     def mark(*_):
@@ -158,13 +157,13 @@ def full(frames: int) -> list[dict]:
         stage.register_forward_hook(mark)
     compressor.layers[0].register_forward_pre_hook(mark)
     mark()
-    compressor(features)
+    compressor(patch_features)
     mark()
     names = ["input projection", *(f"stage 1, block {index + 1}" for index in range(len(compressor.layers)))]
     names += ["stage 2", "output projection"]
     seconds = {name: end - start for name, start, end in zip(names, marks[:-1], marks[1:], strict=True)}
     return [
-        {"part": "full", "frames": frames, "stage": name, "seconds": value, "ms a frame": value / frames * 1e3}
+        {"part": "full", "frames": frames, "stage": name, "seconds": value, "ms per frame": value / frames * 1e3}
         for name, value in {**seconds, "all": sum(seconds.values())}.items()
     ] + [{"part": "full", "frames": frames, "stage": "peak resident GB", "GB": peak_rss() / 1e9}]
 
@@ -172,7 +171,7 @@ def full(frames: int) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=["block", "layers", "growth", "full"], required=True)
-    parser.add_argument("--frames", type=int, default=384, help="of the part full")
+    parser.add_argument("--frames", type=int, default=384, help="number of frames of the part full")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     parts = {"block": block, "layers": layers, "growth": growth, "full": lambda: full(arguments.frames)}

@@ -44,7 +44,7 @@ def embed_in_segments(compressor: "MambaMiaCompressor", patch_features: Tensor) 
 @torch.no_grad()
 def run_in_segments(block: "MambaMiaSpatialBlock", hidden_states: Tensor, anchors_only: bool) -> Tensor:
     """A block over a whole sequence: first the backward scan's states from right to left, then the output from left
-    to right.
+    to right. In training mode, each of the two passes draws the dropout of a GPA before the mixer.
 
     Args:
         block: a block with Mamba-2 mixers.

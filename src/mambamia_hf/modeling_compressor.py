@@ -39,9 +39,8 @@ class MambaMiaCompressorOutput(ModelOutput):
 
 
 class ScanState(NamedTuple):
-    """What one direction of a mixer has to remember of the tokens that it has passed, in the order of its scan.
-
-    A scan that starts from the state that another one left goes on as if both were one.
+    """What one direction of a mixer carries from the tokens that it has passed to the next: the two parts of a Mamba
+    cache. Two scans, the second from the state that the first left, equal one scan over both.
 
     Args:
         conv: `(batch_size, conv_kernel - 1, channels)`, the last inputs of the convolution.
@@ -53,7 +52,7 @@ class ScanState(NamedTuple):
 
 
 def _full_precision(tensor: Tensor) -> Tensor:
-    """Step sizes and decays are computed in float32, or in float64 where the input is."""
+    """In float32, or float64 where the tensor is: the type that step sizes and decays are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -136,23 +135,15 @@ class MambaMiaMamba2SSM(nn.Module):
         B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
         delta = nn.functional.softplus(_full_precision(dt) + _full_precision(self.dt_bias))
         delta = delta.clamp(*config.time_step_limit)
+        steps = _lengthen_quiet_time(delta, length_scale)
         A = -_full_precision(self.A_log).exp()
-        if not range(inputs.shape[1])[outputs]:
-            y, ssm = x[:, outputs], ssd_final_states(x, delta, A, B, ssm)
-        else:
+        if range(inputs.shape[1])[outputs]:
             y, ssm = ssd_chunk_scan(
-                x,
-                _lengthen_quiet_time(delta, length_scale),
-                A,
-                B,
-                C,
-                config.chunk_size,
-                D=self.D,
-                initial_states=ssm,
-                return_final_states=True,
+                x, steps, A, B, C, config.chunk_size, D=self.D, initial_states=ssm, return_final_states=True
             )
-            y = y[:, outputs]
-        y = y.flatten(2).unflatten(-1, (config.n_groups, -1))
+        else:
+            y, ssm = x, ssd_final_states(x, steps, A, B, ssm)
+        y = y[:, outputs].flatten(2).unflatten(-1, (config.n_groups, -1))
         y = nn.functional.rms_norm(y, y.shape[-1:], eps=config.rms_norm_eps)
         return y.flatten(2) * self.norm, delta, ScanState(self._last_inputs(xBC, conv), ssm)
 
@@ -336,7 +327,7 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
             hidden_states: `(batch_size, num_rows * (K + 1), hidden_size)`.
             anchors_only: whether to return the anchors alone, which costs less.
             needs_gradient: False lets the block run segment by segment: the same result in bounded memory, but
-                without a gradient, and `hidden_states` is overwritten. (A Mamba-1 mixer runs as a whole all the same.)
+                without a gradient, and `hidden_states` is overwritten. A Mamba-1 block always runs whole.
 
         Returns:
             `(batch_size, num_rows * (K + 1), hidden_size)`, or `(batch_size, num_rows, hidden_size)` with
@@ -499,11 +490,15 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         Raises:
             ValueError: if the shapes do not fit the configuration or each other, or a video has no frame.
         """
-        if patch_features.ndim != 4 or patch_features.shape[-1] != self.config.input_size:
+        if patch_features.ndim != 4:
             raise ValueError(
-                f"patch_features must be (batch_size, num_frames, num_patches, input_size) and input_size is "
-                f"{self.config.input_size}, not {tuple(patch_features.shape)}; pass features of this width, or build "
-                f"the compressor with their input_size."
+                f"patch_features must be (batch_size, num_frames, num_patches, input_size), not "
+                f"{tuple(patch_features.shape)}."
+            )
+        if patch_features.shape[-1] != self.config.input_size:
+            raise ValueError(
+                f"patch_features are {patch_features.shape[-1]} wide and input_size is {self.config.input_size}; pass "
+                f"features of this width, or set input_size={patch_features.shape[-1]}."
             )
         self.config.num_anchors(patch_features.shape[2])  # raises for an incomplete row of patches
         if frame_mask is not None and frame_mask.shape != patch_features.shape[:2]:
