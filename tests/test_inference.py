@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig
 from video_files import write_video
 
-from mambamia_hf.inference import ask, encode_video, load_frames
+from mambamia_hf.inference import ask, encode_video
 
 
 QUESTION = "What shape appears in the video?"
@@ -144,7 +144,8 @@ def test_a_checkpoint_that_does_not_resize(checkpoint, tmp_path):
     assert len(ask(tmp_path, path, QUESTION, max_new_tokens=2)[0].timestamps) == 4
 
 
-def test_frames_of_a_file(video):
-    frames, metadata = load_frames(str(video), lambda metadata: np.array([1, 5]), lambda frame: frame[:, ::2, ::2])
-    assert frames.shape == (2, 3, 24, 32)
-    assert metadata.timestamps == [0.5, 2.5]
+def test_more_frames_of_the_video_without_a_second_index(checkpoint, video, monkeypatch):
+    with encode_video(checkpoint, video) as encoded:
+        monkeypatch.setattr("mambamia_hf.video_decoding.read_index", None)
+        batch = encoded.reader.frames_at([1, 5], lambda frame: frame[:, ::2, ::2])
+    assert batch.data.shape[:2] == (2, 3) and batch.indices == [1, 5]

@@ -3,8 +3,9 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.image_utils import load_image
 from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
 from .inputs import check_checkpoint, check_part, check_video, frame_files
 from .modeling_encoder import MambaMiaFeaturesOutput
-from .video_decoding import TimedVideoMetadata, decode_video
+from .video_decoding import FrameBatch, TimedVideoMetadata, VideoReader
 
 
 MAX_NEW_TOKENS = 256
@@ -58,8 +59,11 @@ class Answer:
 class EncodedVideo:
     """A video that a model has seen: each question costs the language model's time only. Made by [`encode_video`].
 
+    Use it as a context manager, or call `reader.close()`: a downloaded file is gone then.
+
     Args:
         video, checkpoint: path or URL of the video; folder or Hub id of the checkpoint.
+        reader: of the video, for more of its frames.
         model, processor: what was loaded from the checkpoint.
         features: what `get_video_features` gave.
         frame_indices: numbers, among the frames of the file, of the sampled ones.
@@ -69,6 +73,7 @@ class EncodedVideo:
 
     video: str
     checkpoint: str
+    reader: "VideoReader | FrameFolder"
     model: MambaMiaForConditionalGeneration
     processor: MambaMiaProcessor
     features: MambaMiaFeaturesOutput
@@ -77,6 +82,12 @@ class EncodedVideo:
     kept_frames: list[int]
     frame_deltas: list[float] | None
     seconds: dict[str, float]
+
+    def __enter__(self) -> "EncodedVideo":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.reader.close()
 
     def ask(self, question: str, max_new_tokens: int | None = None) -> Answer:
         """Answer a question, by greedy decoding.
@@ -182,18 +193,17 @@ def encode_video(
 
     watch = _Stopwatch(place)
     video_processor = processor.video_processor
-    sample = partial(_sample_part, video_processor, num_frames, fps, start, end)
     resize = partial(video_processor.resize, size=video_processor.size, resample=video_processor.resample)
-    frames, metadata = load_frames(
-        video,
-        sample,
-        resize if video_processor.do_resize else None,
-        folder_fps=fps or video_processor.fps,
-        seek_mode=seek_mode or video_processor.seek_mode,
-        progress=progress,
-    )
+    if os.path.isdir(video):
+        reader: VideoReader | FrameFolder = FrameFolder(video, fps or video_processor.fps or 1.0)
+    else:
+        reader = VideoReader(video, seek_mode or video_processor.seek_mode)
+    indices = _sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
+    batch = reader.frames_at(indices, resize if video_processor.do_resize else None, progress)
+    metadata = copy(reader.metadata)
+    metadata.frames_indices = batch.indices
     inputs = processor(
-        videos=[frames],
+        videos=[batch.data],
         video_metadata=[metadata],
         do_sample_frames=False,
         keep_frames=keep_frames,
@@ -207,7 +217,7 @@ def encode_video(
     if delta_threshold is not None:
         selection = {"delta_threshold": delta_threshold, "delta_min_frames": 0}
     watch.restart()
-    with torch.no_grad(), _vision_progress(model, len(frames), progress):
+    with torch.no_grad(), _vision_progress(model, len(batch.indices), progress):
         patch_features = model.model.encode_frames(inputs["pixel_values_videos"][0]).last_hidden_state
         watch.lap("vision")
         features: Any = model.get_video_features(patch_features_videos=patch_features[None], **selection)
@@ -215,11 +225,12 @@ def encode_video(
     return EncodedVideo(
         video,
         checkpoint,
+        reader,
         model,
         processor,
         features,
-        frame_indices=metadata.frames_indices or [],
-        timestamps=[round(time, 6) for time in metadata.timestamps],  # no container knows them better
+        frame_indices=batch.indices,
+        timestamps=[round(time, 6) for time in batch.timestamps],  # no container knows them better
         kept_frames=features.keep_mask[0].nonzero().flatten().tolist(),
         frame_deltas=None if features.frame_deltas is None else _shortest(features.frame_deltas[0]),
         seconds=watch.seconds,
@@ -253,65 +264,61 @@ def ask(
     Returns:
         An answer for each question.
     """
-    encoded = encode_video(checkpoint, video, **options)
-    return [encoded.ask(question, max_new_tokens) for question in questions]
+    with encode_video(checkpoint, video, **options) as encoded:
+        return [encoded.ask(question, max_new_tokens) for question in questions]
 
 
-def load_frames(
-    video: str,
-    sample: Callable[..., np.ndarray],
-    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    *,
-    folder_fps: float | None = None,
-    seek_mode: str = "exact",
-    progress: bool = False,
-) -> tuple[torch.Tensor, TimedVideoMetadata]:
-    """Frames of a video file or of a folder of frames.
+class FrameFolder:
+    """A folder of frames as images, asked for frames like a [`VideoReader`].
 
     Args:
-        video: path, URL or folder.
-        sample: called with `metadata=` ([`TimedVideoMetadata`]), gives the numbers of the wanted frames.
-        transform: applied to each wanted frame, a uint8 tensor `(3, height, width)`.
-        folder_fps: how many frames of a folder there are per second, 1 without it.
-        seek_mode, progress: see [`decode_video`].
+        folder: with the images, in the order of the numbers in their names.
+        fps: frames per second.
 
-    Returns:
-        The frames `(num_frames, 3, height, width)`, and the metadata with their numbers and times.
+    Raises:
+        ValueError: if there are no images in the folder.
     """
-    if os.path.isdir(video):
-        return _load_frame_folder(video, sample, transform, folder_fps or 1.0)
-    return decode_video(video, sample, transform=transform, seek_mode=seek_mode, progress=progress)
 
+    def __init__(self, folder: str | os.PathLike[str], fps: float):
+        self.folder, self.files = os.fspath(folder), frame_files(folder)
+        self.metadata = TimedVideoMetadata(
+            total_num_frames=len(self.files),
+            fps=fps,
+            duration=len(self.files) / fps,
+            frame_timestamps=np.arange(len(self.files)) / fps,
+        )
 
-def _load_frame_folder(
-    folder: str,
-    sample: Callable[..., np.ndarray],
-    transform: Callable[[torch.Tensor], torch.Tensor] | None,
-    fps: float,
-) -> tuple[torch.Tensor, TimedVideoMetadata]:
-    files = frame_files(folder)
-    metadata = TimedVideoMetadata(
-        total_num_frames=len(files),
-        fps=fps,
-        duration=len(files) / fps,
-        frame_timestamps=np.arange(len(files)) / fps,
-    )
-    indices = sample(metadata=metadata)
-    frames, sizes = [], dict[tuple[int, int], str]()
-    for index in indices:
-        try:
-            image = load_image(str(files[index]))
-        except OSError as error:
-            raise ValueError(f"the frame '{files[index]}' cannot be read as an image ({error}).") from error
-        sizes.setdefault(image.size, files[index].name)
-        frame = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        frames.append(frame if transform is None else transform(frame))
-    if len(sizes) > 1:
-        named = ", ".join(f"{name} of {width} x {height}" for (width, height), name in list(sizes.items())[:2])
-        raise ValueError(f"the images in '{folder}' differ in size ({named}) and so are no frames of one video.")
-    metadata.frames_indices = [int(index) for index in indices]
-    metadata.width, metadata.height = next(iter(sizes))
-    return torch.stack(frames), metadata
+    def close(self) -> None:
+        """Nothing is open between two calls."""
+
+    def frames_at(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        progress: bool = False,
+    ) -> FrameBatch:
+        """As [`VideoReader.frames_at`]; `progress` shows nothing, as images are read at once.
+
+        Raises:
+            ValueError: if an image cannot be read, or their sizes differ.
+        """
+        frames, sizes = [], dict[tuple[int, int], str]()
+        for index in indices:
+            try:
+                image = load_image(str(self.files[index]))
+            except OSError as error:
+                raise ValueError(f"the frame '{self.files[index]}' cannot be read as an image ({error}).") from error
+            sizes.setdefault(image.size, self.files[index].name)
+            frame = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            frames.append(frame if transform is None else transform(frame))
+        if len(sizes) > 1:
+            named = ", ".join(f"{name} of {width} x {height}" for (width, height), name in list(sizes.items())[:2])
+            raise ValueError(
+                f"the images in '{self.folder}' differ in size ({named}) and so are no frames of one video."
+            )
+        self.metadata.width, self.metadata.height = next(iter(sizes))
+        numbers = [int(index) for index in indices]
+        return FrameBatch(torch.stack(frames), numbers, self.metadata.frame_timestamps[numbers].tolist())
 
 
 def _sample_part(
@@ -450,4 +457,4 @@ def _vision_progress(model: MambaMiaForConditionalGeneration, num_frames: int, p
             handle.remove()
 
 
-__all__ = ["Answer", "EncodedVideo", "ask", "encode_video", "load_frames"]
+__all__ = ["Answer", "EncodedVideo", "FrameFolder", "ask", "encode_video"]

@@ -54,26 +54,29 @@ def run(arguments: Namespace) -> None:
             dtype=arguments.dtype,
             progress=sys.stderr.isatty(),
         )
-        if arguments.plot is not None and encoded.frame_deltas is None:
-            raise ValueError("the checkpoint has no temporal layer and so no Δ to plot; leave out --plot.")
-        answers = []
-        for question in arguments.questions:
-            answer = encoded.ask(question, arguments.max_new_tokens)
-            answers.append(answer)
-            if arguments.json:
-                print(to_json(answer, arguments.video), flush=True)
-            else:
-                print(f"{question}\n{answer.answer}\n" if len(arguments.questions) > 1 else answer.answer, flush=True)
-        if arguments.model is None:
-            say(
-                "no --model given: the bundled checkpoint only knows about shapes and digits that show up in a video: "
-                "which, in what colour, in what order, how often."
-            )
-        if arguments.plot is not None:
-            from .timeline import draw_timeline
+        with encoded:
+            if arguments.plot is not None and encoded.frame_deltas is None:
+                raise ValueError("the checkpoint has no temporal layer and so no Δ to plot; leave out --plot.")
+            answers = []
+            for question in arguments.questions:
+                answer = encoded.ask(question, arguments.max_new_tokens)
+                answers.append(answer)
+                if arguments.json:
+                    print(to_json(answer, arguments.video), flush=True)
+                else:
+                    print(
+                        f"{question}\n{answer.answer}\n" if len(arguments.questions) > 1 else answer.answer, flush=True
+                    )
+            if arguments.model is None:
+                say(
+                    "no --model given: the bundled checkpoint only knows about shapes and digits that show up in a video: "
+                    "which, in what colour, in what order, how often."
+                )
+            if arguments.plot is not None:
+                from .timeline import draw_timeline
 
-            draw_timeline(arguments.plot, encoded, answers)
-            say(f"wrote {arguments.plot}")
+                draw_timeline(arguments.plot, encoded, answers)
+                say(f"wrote {arguments.plot}")
 
 
 def to_json(answer: "Answer", video: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, MultipleLocator
 
 from ..files import atomic_write
-from ..inference import Answer, EncodedVideo, load_frames
+from ..inference import Answer, EncodedVideo
 from ..inputs import is_url
 
 
@@ -48,7 +48,7 @@ def draw_timeline(path: str | os.PathLike[str], encoded: EncodedVideo, answers: 
         wanted = np.array([encoded.frame_indices[frame] for frame in frames])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say of the file has been said
-            images, _ = load_frames(encoded.video, lambda metadata: wanted, _thumbnail)
+            images = encoded.reader.frames_at(wanted, _thumbnail).data
         return images.permute(0, 2, 3, 1).numpy()
 
     plot_timeline(
