@@ -64,13 +64,12 @@ def run(arguments: Namespace) -> None:
                 if arguments.json:
                     print(to_json(answer, arguments.video), flush=True)
                 else:
-                    print(
-                        f"{question}\n{answer.answer}\n" if len(arguments.questions) > 1 else answer.answer, flush=True
-                    )
+                    is_one = len(arguments.questions) == 1
+                    print(answer.answer if is_one else f"{question}\n{answer.answer}\n", flush=True)
             if arguments.model is None:
                 say(
-                    "no --model given: the bundled checkpoint only knows about shapes and digits that show up in a video: "
-                    "which, in what colour, in what order, how often."
+                    "no --model given: the bundled checkpoint only knows about shapes and digits that show up in a "
+                    "video: which, in what colour, in what order, how often."
                 )
             if arguments.plot is not None:
                 from .timeline import draw_timeline
