@@ -251,7 +251,7 @@ class _Chunks(NamedTuple):
     ) -> "_Chunks":
         dtype = A.dtype
         x, delta = (segment.chunks(share.of(tensor), dtype) for tensor in (x, delta))
-        B, C = (segment.chunks(share.of_groups(tensor), dtype).flatten(1, 2).contiguous() for tensor in (B, C))
+        B, C = (segment.chunks(share.of_groups(tensor), dtype).flatten(1, 2) for tensor in (B, C))
         A, D = share.of_heads(A), share.of_heads(D)
         scores = C @ B.mT
         CB = scores.diagonal(dim1=2, dim2=3).clone().view(*delta.shape[:4], 1)
@@ -260,12 +260,12 @@ class _Chunks(NamedTuple):
         L = _log_decay(delta, A)
         first, last = L[:, :, :, :1], L[:, :, :, -1:]
         middle, spans = (first + last) / 2, _span(L).amax(dim=(0, 1, 2))
-        factors = (L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()
+        factors = [(L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()]
         gentle = spans <= _MAX_BITS
         order = spans.argsort()[int(gentle.sum()) :]
         steep = order.split(_STEEP_HEADS.get(x.device.type, _STEEP_HEADS["cuda"])) if len(order) else ()
         if steep:
-            factors = tuple(factor.masked_fill_(~gentle, 0) for factor in factors)
+            factors = [factor.masked_fill_(~gentle, 0) for factor in factors]
         u, v, enter, leave = (factor.to(dtype).unsqueeze(-1) for factor in factors)
         leave[:-1] *= enter[1:]
         return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, u, v, enter[0], leave, steep)
@@ -337,11 +337,11 @@ def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
         torch.addcmul(read.mul_(u_), x_, D_, out=y_)
         entered_.baddbmm_(B_, written_)
         entered.mul_(leave_)
-    for heads in chunks.steep:
-        x, delta, L = (tensor.index_select(4, heads) for tensor in (chunks.x, chunks.delta, chunks.L))
-        steep_y, steep_state = _scan_steep(x, delta, chunks.B, chunks.C, chunks.T, L, state.index_select(3, heads))
-        y.index_add_(4, heads, steep_y)
-        entered.index_copy_(3, heads, steep_state)
+    for some in chunks.steep:
+        x, delta, L = (tensor.index_select(4, some) for tensor in (chunks.x, chunks.delta, chunks.L))
+        steep_y, steep_state = _scan_steep(x, delta, chunks.B, chunks.C, chunks.T, L, state.index_select(3, some))
+        y.index_add_(4, some, steep_y)
+        entered.index_copy_(3, some, steep_state)
     state.copy_(entered)
 
 
@@ -394,20 +394,18 @@ class _Gradients(NamedTuple):
         self, chunks: _Chunks, heads: Tensor, state: Tensor, grad_y: Tensor, grad_state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds those of some steep heads; returns their state after the segment and the gradient of that before it."""
-        some = [tensor.index_select(4, heads) for tensor in (chunks.x, chunks.delta, chunks.L)]
-        inputs = some[0], some[1], chunks.B, chunks.C, chunks.T, some[2], state.index_select(3, heads)
+        x, delta, L, grad_y = (tensor.index_select(4, heads) for tensor in (chunks.x, chunks.delta, chunks.L, grad_y))
+        state, grad_state = (tensor.index_select(3, heads) for tensor in (state, grad_state))
         with torch.enable_grad():
-            inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-            outputs = _scan_steep(*inputs)
-        grads = torch.autograd.grad(
-            outputs, inputs, (grad_y.index_select(4, heads), grad_state.index_select(3, heads))
-        )
-        self.x.index_add_(4, heads, grads[0])
-        self.writes.index_copy_(4, heads, grads[1])
-        for total, grad in zip((self.B, self.C, self.T), grads[2:5], strict=True):
+            inputs = [t.detach().requires_grad_() for t in (x, delta, chunks.B, chunks.C, chunks.T, L, state)]
+            y, last = _scan_steep(*inputs)
+        grad_x, grad_delta, *shared, grad_L, grad_first = torch.autograd.grad((y, last), inputs, (grad_y, grad_state))
+        self.x.index_add_(4, heads, grad_x)
+        self.writes.index_copy_(4, heads, grad_delta)
+        self.reads.index_copy_(4, heads, (grad_L / math.log(2)).to(grad_delta.dtype))
+        for total, grad in zip((self.B, self.C, self.T), shared, strict=True):
             total.add_(grad)
-        self.reads.index_copy_(4, heads, (grads[5] / math.log(2)).to(self.reads.dtype))
-        return outputs[1].detach(), grads[6]
+        return last.detach(), grad_first
 
 
 def _scan_segment_backward(
@@ -457,10 +455,10 @@ def _scan_segment_backward(
     first = grad_left * chunks.enter
     grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
     gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_D, grad_B, grad_C, grad_T)
-    for heads_ in chunks.steep:
-        some_last, some_first = gradients.add_steep(chunks, heads_, state, grad_y, grad_state)
-        last.index_copy_(3, heads_, some_last)
-        first.index_copy_(3, heads_, some_first)
+    for some in chunks.steep:
+        steep_last, steep_first = gradients.add_steep(chunks, some, state, grad_y, grad_state)
+        last.index_copy_(3, some, steep_last)
+        first.index_copy_(3, some, steep_first)
     ends = (state * first).sum(dim=(2, 4)), (last * grad_state).sum(dim=(2, 4))
     grad_state.copy_(first)
     return _input_gradients(chunks, ends, gradients)
@@ -473,8 +471,8 @@ def _input_gradients(chunks: _Chunks, ends: tuple[Tensor, Tensor], gradients: _G
     grad_scores.diagonal(dim1=2, dim2=3).copy_((grad_D * chunks.delta).sum(dim=-1).flatten(1, 2))
     grad_B = gradients.B + grad_scores.mT @ chunks.C
     grad_C = gradients.C + grad_scores @ chunks.B
-    tokens = (tensor.permute(1, 2, 4, 0, 3) for tensor in (gradients.reads, gradients.writes * chunks.delta))
-    grad_log = _passing_tokens(*(tensor.flatten(3) for tensor in tokens), *ends)
+    reads, writes = (t.permute(1, 2, 4, 0, 3).flatten(3) for t in (gradients.reads, gradients.writes * chunks.delta))
+    grad_log = _passing_tokens(reads, writes, *ends)
     grad_log = grad_log.unflatten(3, (-1, grad_D.shape[3])).permute(3, 0, 1, 4, 2).to(A.dtype)
     grad_log = grad_log.masked_fill(chunks.delta * A < -_ZERO_BITS * math.log(2), 0)  # of a decay that is zero
     grad_delta = gradients.writes + grad_D * chunks.CB + grad_log * A
