@@ -7,11 +7,10 @@ T = tril(C Bᵀ, -1), which all heads of a group share, a chunk takes three matr
     y = u ⊙ ([T | C] @ [v ⊙ x ; 2^m S]) + (D + Δ C·B) ⊙ x        S <- 2^(L_last - m) (2^m S + Bᵀ @ (v ⊙ x))
 
 No array has an entry per head and pair of tokens. u and v stay in the range of the numbers while L spans at most
-`_MAX_BITS` in a chunk. Heads where it spans more are *steep*. They take the same products with u = 0 and
-v_s = 2^(L_last - L_s) Δ_s, which leaves their state exact. What their tokens read is computed apart, through
-boundaries: the state through the start of the chunk; what the first half of the chunk wrote, in the second half,
-through its last token; and the same in each half, until L spans few enough bits in what is left. Decays up to a
-boundary and from it on are at most 1, so that this is exact however steep a head is.
+`_MAX_BITS` in a chunk. Heads where it spans more are *steep*. They are computed apart, through boundaries: a state is
+read through the start of a chunk; what the first half of a chunk wrote is read in the second half through the token
+between them; then the same in each half, until L spans few enough bits in what is left. Decays up to a boundary and
+from it on are at most 1, so that this is exact however steep a head is.
 
 Everything is computed in float32, or float64 for float64 inputs. Products in bfloat16 would not pay: PyTorch rounds
 their sums to bfloat16, which makes the error of y half as large again as that of the official kernels, and what they
@@ -23,7 +22,7 @@ tokens of a chunk. Groups and rows of the batch share no product; in products, r
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
@@ -240,11 +239,11 @@ class _Chunks(NamedTuple):
     CB: Tensor  # c b g q 1, the diagonal that T leaves out
     D: Tensor  # c b g q e 1, with Δ C·B: all that a token reads of itself
     L: Tensor  # c b g q e
-    u: Tensor  # c b g q e 1
-    v: Tensor  # c b g q e 1, without Δ
+    u: Tensor  # c b g q e 1, zero in steep heads
+    v: Tensor  # c b g q e 1, without Δ, zero in steep heads
     enter: Tensor  # b g 1 e 1, the factor 2^m on the state before the segment
     leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next chunk
-    steep: Tensor  # indices of the steep heads, the steepest last
+    steep: Sequence[Tensor]  # indices of the steep heads, a few of similar steepness at a time
 
     @classmethod
     def of(
@@ -252,7 +251,7 @@ class _Chunks(NamedTuple):
     ) -> "_Chunks":
         dtype = A.dtype
         x, delta = (segment.chunks(share.of(tensor), dtype) for tensor in (x, delta))
-        B, C = (segment.chunks(share.of_groups(tensor), dtype).flatten(1, 2).contiguous() for tensor in (B, C))
+        B, C = (segment.chunks(share.of_groups(tensor), dtype).flatten(1, 2) for tensor in (B, C))
         A, D = share.of_heads(A), share.of_heads(D)
         scores = C @ B.mT
         CB = scores.diagonal(dim1=2, dim2=3).clone().view(*delta.shape[:4], 1)
@@ -261,34 +260,15 @@ class _Chunks(NamedTuple):
         L = _log_decay(delta, A)
         first, last = L[:, :, :, :1], L[:, :, :, -1:]
         middle, spans = (first + last) / 2, _span(L).amax(dim=(0, 1, 2))
+        factors = [(L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()]
         gentle = spans <= _MAX_BITS
-        steep = spans.argsort()[int(gentle.sum()) :]
-        if len(steep):
-            u = torch.where(gentle, L - middle, -math.inf).exp2()
-            v = _decay(torch.where(gentle, middle, last) - L)
-            enter, leave = (_decay(torch.where(gentle, bits, 0)) for bits in (middle, last - middle))
-        else:
-            u, v, enter, leave = (L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()
+        order = spans.argsort()[int(gentle.sum()) :]
+        steep = order.split(_STEEP_HEADS.get(x.device.type, _STEEP_HEADS["cuda"])) if len(order) else ()
+        if steep:
+            factors = [factor.masked_fill_(~gentle, 0) for factor in factors]
+        u, v, enter, leave = (factor.to(dtype).unsqueeze(-1) for factor in factors)
         leave[:-1] *= enter[1:]
-        u, v, enter, leave = (decay.to(dtype).unsqueeze(-1) for decay in (u, v, enter[0], leave))
-        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, u, v, enter, leave, steep)
-
-    def steep_decay(self, tokens: slice = slice(None)) -> Tensor:
-        """2^L of some tokens of each chunk in steep heads, `(c, b, g, tokens, steep heads, 1)`."""
-        return _decay(self.L[:, :, :, tokens].index_select(4, self.steep)).to(self.x.dtype).unsqueeze(-1)
-
-    def steep_parts(self) -> Iterator["tuple[slice, Tensor, _Part, Tensor, Tensor]"]:
-        """How the tokens of a chunk read each other in steep heads.
-
-        Yields a range of `steep`, the heads in it, which tokens read which, u of these readers, and v, without Δ, of
-        these writers.
-        """
-        count = _STEEP_HEADS.get(self.x.device.type, _STEEP_HEADS["cuda"])
-        for start in range(0, len(self.steep), count):
-            some = slice(start, start + count)
-            heads = self.steep[some]
-            for part, u, v in _parts(self.L.index_select(4, heads)):
-                yield some, heads, part, u.to(self.x.dtype).unsqueeze(-1), v.to(self.x.dtype).unsqueeze(-1)
+        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, u, v, enter[0], leave, steep)
 
 
 class _Part(NamedTuple):
@@ -310,23 +290,16 @@ class _Part(NamedTuple):
         blocks = self._split(self._split(T, 3), 2)[:, :, :, -1, :, :, 0]
         return blocks.diagonal(dim1=2, dim2=4).movedim(-1, 2)
 
+    def read(self, y: Tensor, x: Tensor, delta: Tensor, T: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Adds to y what the readers read of the writers, given the decays on both sides in bits."""
+        u, v = (_decay(bits).to(x.dtype).unsqueeze(-1) for bits in (u, v))
+        written = self.writers(x) * (self.writers(delta) * v)
+        read = (self.weights(T) @ _rows(written, 1)).view(written.shape)
+        self.readers(y).add_(read * u)
+        return y
+
     def _split(self, tensor: Tensor, dim: int) -> Tensor:
         return tensor.unflatten(dim, (-1, 2 if self.pairs else 1, self.size))
-
-
-def _parts(L: Tensor) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-    """Divides chunks until L `(c, b, g, q, e)` spans at most `_MAX_BITS` in what is left; yields u and v with it."""
-    size = L.shape[3]
-    while size > 1 and _span(_Part(size, pairs=False).readers(L)).max() > _MAX_BITS:
-        size //= 2
-        part = _Part(size, pairs=True)
-        boundary = part.writers(L)[..., -1:, :]
-        yield part, _decay(part.readers(L) - boundary), _decay(boundary - part.writers(L))
-    if size > 1:
-        part = _Part(size, pairs=False)
-        L = part.readers(L)
-        middle = (L[..., :1, :] + L[..., -1:, :]) / 2
-        yield part, (L - middle).exp2(), (middle - L).exp2()
 
 
 def _log_decay(delta: Tensor, A: Tensor) -> Tensor:
@@ -349,43 +322,61 @@ def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
 
 def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
     """Writes y `(c, b, g, q, e, p)` and takes the state `(b, g, n, e, p)` to the end of the segment."""
-    size, steep, (batch, groups, state_size, heads, head_dim) = y.shape[3], chunks.steep, state.shape
+    size, (batch, groups, state_size, heads, head_dim) = y.shape[3], state.shape
     sources = state.new_empty(batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :size], sources[:, :, size:]
     read = state.new_empty(batch, groups, size, heads, head_dim)
     sources_, written_, entered_, read_ = (_rows(tensor) for tensor in (sources, written, entered, read))
     weights, v = torch.cat([chunks.T, chunks.C], dim=3), chunks.v * chunks.delta.unsqueeze(-1)
-    steep_decay, steep_states = chunks.steep_decay(slice(-1, None)), []
     torch.mul(state, chunks.enter, out=entered)
-    for c, (x_, u_, v_, D_, weights_, B_, leave_, y_) in enumerate(
-        zip(chunks.x, chunks.u, v, chunks.D, weights, chunks.B.mT, chunks.leave, y, strict=True)
+    for x_, u_, v_, D_, weights_, B_, leave_, y_ in zip(
+        chunks.x, chunks.u, v, chunks.D, weights, chunks.B.mT, chunks.leave, y, strict=True
     ):
         torch.mul(x_, v_, out=written)
         torch.bmm(weights_, sources_, out=read_)
         torch.addcmul(read.mul_(u_), x_, D_, out=y_)
-        if len(steep):
-            steep_states.append(entered.index_select(3, steep))
-            entered.index_copy_(3, steep, steep_states[-1] * steep_decay[c])
         entered_.baddbmm_(B_, written_)
         entered.mul_(leave_)
+    for some in chunks.steep:
+        x, delta, L = (tensor.index_select(4, some) for tensor in (chunks.x, chunks.delta, chunks.L))
+        steep_y, steep_state = _scan_steep(x, delta, chunks.B, chunks.C, chunks.T, L, state.index_select(3, some))
+        y.index_add_(4, some, steep_y)
+        entered.index_copy_(3, some, steep_state)
     state.copy_(entered)
-    if len(steep):
-        y.index_add_(4, steep, _read_in_steep_heads(chunks, torch.stack(steep_states)))
 
 
-def _read_in_steep_heads(chunks: _Chunks, states: Tensor) -> Tensor:
-    """What tokens read of the past in steep heads, `(c, b, g, q, steep heads, p)`.
+def _scan_steep(
+    x: Tensor, delta: Tensor, B: Tensor, C: Tensor, T: Tensor, L: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_scan_segment` for steep heads, without D: y `(c, b, g, q, e, p)`, and the state after the segment.
 
-    Takes the states before each chunk, `(c, b, g, n, steep heads, p)`.
+    L has a gradient as far as tokens read, none as far as they write, which that of delta gives already.
     """
-    decay = chunks.steep_decay()
-    y = (chunks.C @ _rows(states, 1)).view(*decay.shape[:-1], -1).mul_(decay)
-    for some, heads, part, u, v in chunks.steep_parts():
-        x, delta = (part.writers(tensor.index_select(4, heads)) for tensor in (chunks.x, chunks.delta))
-        written = x * (v * delta.unsqueeze(-1))
-        read = part.weights(chunks.T) @ _rows(written, 1)
-        part.readers(y[..., some, :]).addcmul_(read.view(written.shape), u)
-    return y
+    dtype, fixed, delta = x.dtype, L.detach(), delta.unsqueeze(-1)
+
+    # The states before all chunks and after the last, each a sum over what earlier chunks and the state before wrote.
+    last = fixed[:, :, :, -1:]
+    added = B.mT @ _rows(x * (delta * _decay(last - fixed).to(dtype).unsqueeze(-1)), 1)
+    sources = torch.cat([state.unsqueeze(0), added.view(len(x), *state.shape)])
+    total = nn.functional.pad(last.squeeze(3), (0, 0) * 3 + (1, 0)).cumsum(dim=0)
+    later = torch.ones(len(total), len(total), dtype=torch.bool, device=x.device).triu(1)
+    between = (total.unsqueeze(1) - total).masked_fill(later.view(*later.shape, 1, 1, 1), -math.inf)
+    states = torch.einsum("zcbge,cbgnep->zbgnep", _decay(between).to(dtype), sources)
+    y = (C @ _rows(states[:-1], 1)).view(x.shape) * _decay(L).to(dtype).unsqueeze(-1)
+
+    # What tokens of a chunk read of each other: the second of two parts the first, until parts may read themselves.
+    size = L.shape[3]
+    while size > 1 and _span(_Part(size, pairs=False).readers(fixed)).max() > _MAX_BITS:
+        size //= 2
+        part = _Part(size, pairs=True)
+        boundary = part.writers(fixed)[..., -1:, :]
+        y = part.read(y, x, delta, T, part.readers(L) - boundary, boundary - part.writers(fixed))
+    if size > 1:
+        part = _Part(size, pairs=False)
+        parts = part.writers(fixed)
+        middle = (parts[..., :1, :] + parts[..., -1:, :]) / 2
+        y = part.read(y, x, delta, T, part.readers(L) - middle, middle - parts)
+    return y, states[-1]
 
 
 class _Gradients(NamedTuple):
@@ -399,6 +390,23 @@ class _Gradients(NamedTuple):
     C: Tensor  # c r q n
     T: Tensor  # c r q q
 
+    def add_steep(
+        self, chunks: _Chunks, heads: Tensor, state: Tensor, grad_y: Tensor, grad_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds those of some steep heads; returns their state after the segment and the gradient of that before it."""
+        x, delta, L, grad_y = (tensor.index_select(4, heads) for tensor in (chunks.x, chunks.delta, chunks.L, grad_y))
+        state, grad_state = (tensor.index_select(3, heads) for tensor in (state, grad_state))
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (x, delta, chunks.B, chunks.C, chunks.T, L, state)]
+            y, last = _scan_steep(*inputs)
+        grad_x, grad_delta, *shared, grad_L, grad_first = torch.autograd.grad((y, last), inputs, (grad_y, grad_state))
+        self.x.index_add_(4, heads, grad_x)
+        self.writes.index_copy_(4, heads, grad_delta)
+        self.reads.index_copy_(4, heads, (grad_L / math.log(2)).to(grad_delta.dtype))
+        for total, grad in zip((self.B, self.C, self.T), shared, strict=True):
+            total.add_(grad)
+        return last.detach(), grad_first
+
 
 def _scan_segment_backward(
     chunks: _Chunks, state: Tensor, grad_y: Tensor, grad_state: Tensor, grad_x: Tensor
@@ -408,18 +416,16 @@ def _scan_segment_backward(
     Writes that of x `(c, b, g, q, e, p)`, takes that of the state to the start of the segment, and returns those of
     delta `(c, b, g, q, e)`, A and D `(g, e)`, and B and C `(c, b, g, q, n)`.
     """
-    size, steep, (batch, groups, state_size, heads, head_dim) = grad_y.shape[3], chunks.steep, state.shape
+    size, (batch, groups, state_size, heads, head_dim) = grad_y.shape[3], state.shape
     sources = state.new_empty(len(grad_y), batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :, :size], sources[:, :, :, size:]
-    v, steep_decay = chunks.v * chunks.delta.unsqueeze(-1), chunks.steep_decay(slice(-1, None))
+    v = chunks.v * chunks.delta.unsqueeze(-1)
     torch.mul(chunks.x, v, out=written)
-    state = state * chunks.enter
+    last = state * chunks.enter
     for c, (written_, B_, leave_) in enumerate(zip(_rows(written, 1), chunks.B.mT, chunks.leave, strict=True)):
-        entered[c] = state
-        if len(steep):
-            state.index_copy_(3, steep, state.index_select(3, steep) * steep_decay[c])
-        _rows(state).baddbmm_(B_, written_)
-        state.mul_(leave_)
+        entered[c] = last
+        _rows(last).baddbmm_(B_, written_)
+        last.mul_(leave_)
 
     grads = torch.empty_like(sources[0])
     grad_read, grad_left = grads[:, :, :size], grads[:, :, size:]
@@ -428,9 +434,6 @@ def _scan_segment_backward(
     per_head = state.new_empty(batch * groups * heads, size, size + state_size)
     grad_weights, grad_B = torch.empty_like(weights), torch.empty_like(chunks.B)
     reads, writes, grad_D = (torch.empty_like(chunks.delta) for _ in range(3))
-    passing = chunks.delta.new_empty(len(grad_y) + 1, batch, groups, heads)  # between chunks: <state, its gradient>
-    grad_steep_read = grad_y.index_select(4, steep) * chunks.steep_decay()
-    passing[-1] = state.mul_(grad_state).sum(dim=(2, 4))
     grad_left.copy_(grad_state)
     for c in reversed(range(len(grad_y))):
         x_, grad_y_ = chunks.x[c], grad_y[c]
@@ -449,72 +452,47 @@ def _scan_segment_backward(
         grad_D[c] = torch.mul(x_, grad_y_, out=product).sum(dim=-1)
         torch.addcmul(grad_written.mul_(v[c]), grad_y_, chunks.D[c], out=grad_x[c])
         _rows(grad_left).baddbmm_(chunks.C[c].mT, _rows(grad_read))
-        if len(steep):
-            grad_steep = grad_left.index_select(3, steep).mul_(steep_decay[c])
-            _rows(grad_steep).baddbmm_(chunks.C[c].mT, _rows(grad_steep_read[c]))
-            grad_left.index_copy_(3, steep, grad_steep)
-        passing[c] = torch.mul(entered[c], grad_left, out=state).sum(dim=(2, 4))
-    torch.mul(grad_left, chunks.enter, out=grad_state)
-
+    first = grad_left * chunks.enter
     grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
     gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_D, grad_B, grad_C, grad_T)
-    if len(steep):
-        _read_in_steep_heads_backward(chunks, entered.index_select(4, steep), grad_y, grad_steep_read, gradients)
-    return _input_gradients(chunks, passing, gradients)
+    for some in chunks.steep:
+        steep_last, steep_first = gradients.add_steep(chunks, some, state, grad_y, grad_state)
+        last.index_copy_(3, some, steep_last)
+        first.index_copy_(3, some, steep_first)
+    ends = (state * first).sum(dim=(2, 4)), (last * grad_state).sum(dim=(2, 4))
+    grad_state.copy_(first)
+    return _input_gradients(chunks, ends, gradients)
 
 
-def _read_in_steep_heads_backward(
-    chunks: _Chunks, states: Tensor, grad_y: Tensor, grad_read: Tensor, gradients: _Gradients
-) -> None:
-    """Adds the gradients of `_read_in_steep_heads`, but for that of the states, which passes from chunk to chunk.
-
-    `grad_read` is that of C @ states `(c, b, g, q, steep heads, p)`.
-    """
-    read = (chunks.C @ _rows(states, 1)).view(grad_read.shape)
-    gradients.C.add_(_rows(grad_read, 1) @ _rows(states, 1).mT)
-    reads = (grad_read * read).sum(dim=-1)
-    writes, grad_x = torch.zeros_like(reads), torch.zeros_like(read)
-    for some, heads, part, u, v in chunks.steep_parts():
-        x, delta = (part.writers(tensor.index_select(4, heads)) for tensor in (chunks.x, chunks.delta))
-        T, v_delta = part.weights(chunks.T), v * delta.unsqueeze(-1)
-        written, grad_read = x * v_delta, part.readers(grad_y.index_select(4, heads)) * u
-        read = (T @ _rows(written, 1)).view(written.shape)
-        grad_written = (T.mT @ _rows(grad_read, 1)).view(written.shape)
-        part.weights(gradients.T).add_(_rows(grad_read, 1) @ _rows(written, 1).mT)
-        part.readers(reads[..., some]).add_((grad_read * read).sum(dim=-1))
-        part.writers(writes[..., some]).add_((x * grad_written).sum(dim=-1).mul_(v.squeeze(-1)))
-        part.writers(grad_x[..., some, :]).addcmul_(grad_written, v_delta)
-    gradients.reads.index_add_(4, chunks.steep, reads)
-    gradients.writes.index_add_(4, chunks.steep, writes)
-    gradients.x.index_add_(4, chunks.steep, grad_x)
-
-
-def _input_gradients(chunks: _Chunks, passing: Tensor, gradients: _Gradients) -> tuple[Tensor, ...]:
-    """The gradients of delta, A, D, B and C, from those of a segment's products and what passes between its chunks."""
+def _input_gradients(chunks: _Chunks, ends: tuple[Tensor, Tensor], gradients: _Gradients) -> tuple[Tensor, ...]:
+    """The gradients of delta, A, D, B and C, from those of products and what passes both ends `(b, g, e)`."""
     A, grad_D = chunks.A.unsqueeze(1), gradients.D
     grad_scores = gradients.T.tril(-1)
     grad_scores.diagonal(dim1=2, dim2=3).copy_((grad_D * chunks.delta).sum(dim=-1).flatten(1, 2))
     grad_B = gradients.B + grad_scores.mT @ chunks.C
     grad_C = gradients.C + grad_scores @ chunks.B
-    grad_log = _passing_tokens(gradients.reads, gradients.writes * chunks.delta, passing).to(A.dtype)
+    reads, writes = (t.permute(1, 2, 4, 0, 3).flatten(3) for t in (gradients.reads, gradients.writes * chunks.delta))
+    grad_log = _passing_tokens(reads, writes, *ends)
+    grad_log = grad_log.unflatten(3, (-1, grad_D.shape[3])).permute(3, 0, 1, 4, 2).to(A.dtype)
+    grad_log = grad_log.masked_fill(chunks.delta * A < -_ZERO_BITS * math.log(2), 0)  # of a decay that is zero
     grad_delta = gradients.writes + grad_D * chunks.CB + grad_log * A
     grad_A = (grad_log * chunks.delta).sum(dim=(0, 1, 3))
     grad_B, grad_C = (grad.unflatten(1, tuple(grad_D.shape[1:3])) for grad in (grad_B, grad_C))
     return grad_delta, grad_A, grad_D.sum(dim=(0, 1, 3)), grad_B, grad_C
 
 
-def _passing_tokens(reads: Tensor, writes: Tensor, passing: Tensor) -> Tensor:
-    """What passes each token, which is the gradient of the logarithm of its decay: `(c, b, g, q, e)`.
+def _passing_tokens(reads: Tensor, writes: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """What passes each token, which is the gradient of the logarithm of its decay: `(b, g, e, tokens)`.
 
-    This is what the token and later ones in its chunk read, less what they wrote, plus what passes the end of the
-    chunk. It is also what passes the start, plus what earlier tokens wrote, less what they read. The terms may be much
-    larger than their sum, so each token takes the way with the smaller terms. `passing` is `(c + 1, b, g, e)`.
+    This is what the token and later ones in its segment read, less what they wrote, plus what passes the end of the
+    segment. It is also what passes the start, plus what earlier tokens wrote, less what they read. The terms may be
+    much larger than their sum, so each token takes the way with the smaller terms.
     """
+    start, end = start.unsqueeze(-1), end.unsqueeze(-1)
     change, size = (reads - writes).double(), (reads.abs() + writes.abs()).double()
-    before, size_before = change.cumsum(dim=3) - change, size.cumsum(dim=3) - size
-    start, end = (ends.unsqueeze(3) for ends in (passing[:-1], passing[1:]))
-    earlier, later = start - before, end + change.sum(dim=3, keepdim=True) - before
-    earlier_size, later_size = start.abs() + size_before, end.abs() + size.sum(dim=3, keepdim=True) - size_before
+    before, size_before = change.cumsum(dim=-1) - change, size.cumsum(dim=-1) - size
+    earlier, later = start - before, end + change.sum(dim=-1, keepdim=True) - before
+    earlier_size, later_size = start.abs() + size_before, end.abs() + size.sum(dim=-1, keepdim=True) - size_before
     return torch.where(earlier_size < later_size, earlier, later)
 
 
