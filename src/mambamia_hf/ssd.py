@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
-from . import ssd_cpu
+from .ssd_cpu import chunk_scan, final_states
 
 
 def ssd_chunk_scan(
@@ -154,7 +154,7 @@ def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states
         `(b, h, p, n)`, in float32 (float64 for float64 inputs).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return ssd_cpu.final_states(x, dt.to(dtype), A.to(dtype), B, _states(x, B, initial_states, dtype))
+    return final_states(x, dt.to(dtype), A.to(dtype), B, _states(x, B, initial_states, dtype))
 
 
 def _states(x: Tensor, B: Tensor, initial_states: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -219,7 +219,7 @@ def _torch_chunk_scan(
     delta = delta.clamp(*dt_limit)
     skip = D if D is not None and D.dim() == 1 else torch.zeros_like(A)
     states = _states(x, B, initial_states, dtype)
-    scan = ssd_reference if torch.compiler.is_compiling() else ssd_cpu.chunk_scan
+    scan = ssd_reference if torch.compiler.is_compiling() else chunk_scan
     y, final_states = scan(x, delta, A.to(dtype), B, C, skip.to(dtype), states, chunk_size)
     if D is not None and D.dim() == 2:
         y = y + (x * D).to(y.dtype)

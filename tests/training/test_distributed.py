@@ -115,7 +115,7 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     for name, tensor in AutoModelForImageTextToText.from_pretrained(alone).state_dict().items():
         change = (tensor - before[name]).abs().max()
         assert (loaded.state_dict()[name] - tensor).abs().max() <= 0.05 * change + 1e-6, name
-    assert torch.isfinite(loaded(torch.tensor([[5, 7, 11]])).logits).all()
+    assert torch.isfinite(loaded(torch.tensor([[7, 9, 11]])).logits).all()
 
     # Two go on from what two have saved on the way.
     again = command_line(folder, tmp_path / "again", batch_size=2)
