@@ -284,14 +284,34 @@ def run_in_threads(work: Callable[[threading.Event], None], num_threads: int) ->
 
     `work` takes an event that tells it to stop.
     """
-    stop = threading.Event()
-    done: Future | None = None
-    with ThreadPoolExecutor(num_threads) as pool:
-        running = [pool.submit(work, stop) for _ in range(num_threads)]
+    stop, idle = threading.Event(), threading.Condition()
+    num_running = 0
+
+    def run() -> None:
+        nonlocal num_running
+        with idle:
+            if stop.is_set():
+                return
+            num_running += 1
         try:
-            for done in as_completed(running):
+            work(stop)
+        finally:
+            with idle:
+                num_running -= 1
+                idle.notify()
+
+    done: Future | None = None
+    futures: list[Future] = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for _ in range(num_threads):
+                futures.append(pool.submit(run))
+            for done in as_completed(futures):
                 done.result()
         finally:
-            stop.set()
+            # The pool does not know a thread that was just starting when Ctrl-C came, and so would not wait for it.
+            with idle:
+                stop.set()
+                idle.wait_for(lambda: num_running == 0)
             # The traceback of an error refers to this frame, which must not refer to the error's future in turn.
-            running, done = [], None
+            futures, done = [], None
