@@ -345,8 +345,8 @@ class MambaMiaModel(MambaMiaEncoderBase):
             mm_token_type_ids: what some processors return beside `input_ids`; nothing needs it here.
             kwargs: further arguments of the language model.
         """
-        cache = take_cache({**kwargs, "cache": cache})
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache_params")}
+        kwargs["cache"] = cache
+        cache = take_cache(kwargs)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         length = 0 if tokens is None else tokens.shape[1]
         past_length = cached_length(cache)
