@@ -248,6 +248,8 @@ def test_short_videos_keep_every_frame(model):
         ({"num_kept_frames": torch.tensor([0])}, None),
         ({"num_kept_frames": torch.tensor([7]), "keep_frames": 5}, 5),
         ({"keep_frames": LONG + 1}, LONG),
+        ({"keep_ratio": 1.0}, LONG),
+        ({"keep_ratio": 1.0, "delta_threshold": 100}, 1),
     ],
 )
 def test_settings_of_a_call(model, video, kept, arguments, count):
@@ -266,6 +268,7 @@ def test_settings_of_a_call(model, video, kept, arguments, count):
         ({"keep_frames": LONG}, LONG),
         ({"keep_ratio": 0.25}, 3),
         ({"num_kept_frames": torch.tensor([7])}, 7),
+        ({"num_kept_frames": torch.tensor([LONG]), "delta_threshold": 9}, 1),
     ],
 )
 def test_settings_reach_forward_and_generate(model, video, arguments, count):

@@ -286,6 +286,8 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         frame_mask = real_frames(frame_mask, pixel_values_videos, patch_features_videos)
         num_frames = frame_mask.sum(dim=1).tolist()
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
+        if delta_threshold is not None:  # a budget of every frame leaves it room
+            budgets = [0 if k == n else k for k, n in zip(budgets, num_frames, strict=True)]
         if delta_threshold and all(budgets):
             raise ValueError(
                 f"Every video has a budget (of {', '.join(map(str, budgets))} frames), so delta_threshold="
