@@ -5,6 +5,7 @@ A segment is a whole number of rows. What one segment has to know of the others 
 it, so stage 1 needs the memory of its sequence and of one segment, whatever the length.
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,9 @@ def run_in_segments(block: "MambaMiaSpatialBlock", hidden_states: Tensor, anchor
     """
     if not block.mixer.forward_ssm.takes_state:
         raise ValueError("A Mamba-1 scan cannot start from a state, so its block cannot run in segments.")
-    batch_size = len(hidden_states)
-    rows = segment_rows(batch_size, block.row_length, hidden_states.device)
-    segments = hidden_states.split(rows * block.row_length, dim=1)
+    segments = split_rows(hidden_states, block.row_length)
     anchors: list[Tensor] = []
-    forward_state = None
-    for segment, backward_state in zip(segments, _backward_states(block, segments), strict=True):
-        output, forward_state = block.run_segment(segment, forward_state, backward_state, anchors_only)
+    for segment, (output, _) in zip(segments, run_each_segment(block, segments, anchors_only), strict=True):
         if anchors_only:
             anchors.append(output)
         else:
@@ -73,7 +70,35 @@ def run_in_segments(block: "MambaMiaSpatialBlock", hidden_states: Tensor, anchor
     return torch.cat(anchors, dim=1) if anchors_only else hidden_states
 
 
-def _backward_states(block: "MambaMiaSpatialBlock", segments: tuple[Tensor, ...]) -> "list[ScanState | None]":
+def split_rows(hidden_states: Tensor, row_length: int) -> tuple[Tensor, ...]:
+    """The segments `(batch_size, segment_length, hidden_size)` of a sequence, whole rows each."""
+    rows = segment_rows(len(hidden_states), row_length, hidden_states.device)
+    return hidden_states.split(rows * row_length, dim=1)
+
+
+def run_each_segment(
+    block: "MambaMiaSpatialBlock",
+    segments: Sequence[Tensor],
+    anchors_only: bool,
+    forward_state: "ScanState | None" = None,
+) -> "Iterator[tuple[Tensor, ScanState | None]]":
+    """A block over segments that follow each other.
+
+    Args:
+        block: a block with Mamba-2 mixers.
+        segments: `(batch_size, segment_length, hidden_size)` each, whole rows; behind the last there is nothing.
+        anchors_only: whether to give the anchors alone.
+        forward_state: the forward scan's state before the first segment; by default there is nothing before it.
+
+    Yields:
+        For each segment what `block.run_segment` gives: the output, and the forward scan's state after it.
+    """
+    for segment, backward_state in zip(segments, _backward_states(block, segments), strict=True):
+        output, forward_state = block.run_segment(segment, forward_state, backward_state, anchors_only)
+        yield output, forward_state
+
+
+def _backward_states(block: "MambaMiaSpatialBlock", segments: Sequence[Tensor]) -> "list[ScanState | None]":
     """The state in which the backward scan enters each segment: the one that it leaves the next segment in."""
     mixer = block.mixer
     if mixer.backward_ssm is None:

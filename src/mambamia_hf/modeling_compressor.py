@@ -410,12 +410,24 @@ class MambaMiaTemporalBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """`(batch_size, num_frames, num_anchors, hidden_size)` to the same shape, and Δ `(batch_size, num_frames)`."""
+        hidden_states, delta, _ = self.run_segment(hidden_states)
+        return hidden_states, delta
+
+    def run_segment(
+        self, hidden_states: Tensor, forward_state: ScanState | None = None
+    ) -> tuple[Tensor, Tensor, ScanState | None]:
+        """The block over frames that follow others, given the scan's state after these.
+
+        Returns:
+            As `forward`, and the state after the last frame, of `batch_size * num_anchors` sequences (`None` for
+            Mamba-1).
+        """
         batch_size = hidden_states.shape[0]
         over_time = self.norm(hidden_states).transpose(1, 2).flatten(0, 1)
         length_scale = self.config.length_scale if self.training else 1.0
-        mixed, delta, _ = self.mixer(over_time, length_scale=length_scale)
+        mixed, delta, state = self.mixer(over_time, forward_state, length_scale=length_scale)
         mixed = mixed.unflatten(0, (batch_size, -1)).transpose(1, 2)
-        return hidden_states + mixed, delta.unflatten(0, (batch_size, -1)).mean(dim=(1, 3))
+        return hidden_states + mixed, delta.unflatten(0, (batch_size, -1)).mean(dim=(1, 3)), state
 
 
 class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
