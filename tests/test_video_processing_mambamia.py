@@ -275,7 +275,7 @@ class TestUse:
     def test_sound_is_ignored(self, processor, path):
         expected = processor(path, return_tensors="pt").pixel_values_videos
         output = processor(path, load_audio_from_video=True, return_tensors="pt")
-        assert set(output) == {"pixel_values_videos", "frame_mask"}
+        assert set(output) == {"pixel_values_videos", "frame_mask", "video_timestamps"}
         assert torch.equal(output.pixel_values_videos, expected)
 
     def test_save_and_load(self, tmp_path):

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .frame_selection import frame_budget
+from .frame_times import time_characters, time_width
 from .versions import warn_if_untested
 
 
@@ -217,6 +218,10 @@ class MambaMiaConfig(PreTrainedConfig):
         vision_feature_norm (`bool`, defaults to `False`): whether the tower's final layer norm follows, as in
             checkpoints of the authors' code, whose towers end at the layer that is taken.
         end_of_frame (`bool`, defaults to `False`): whether a learned vector follows the anchors of each frame.
+        frame_time_format (`str`, *optional*): the time of each kept frame is written before its tokens, as `"mm:ss"`,
+            `"h:mm:ss"` or `"mm:ss.d"`; `None` writes none. Not in the paper.
+        time_token_ids (`dict`, *optional*): with a format, the language model's token of each character of a time, as
+            of [`~frame_times.time_token_ids`].
         vision_batch_size (`int`, defaults to 16): frames that go through the vision tower at once.
         delta_threshold (`float`, *optional*, defaults to 0.6): a frame is kept each time the accumulated Δ reaches it
             (the paper's Algorithm 1), at inference only; `None` keeps every frame.
@@ -261,6 +266,8 @@ class MambaMiaConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     vision_feature_norm: bool = False
     end_of_frame: bool = False
+    frame_time_format: str | None = None
+    time_token_ids: dict[str, int] | None = None
     vision_batch_size: int = 16
     delta_threshold: float | int | None = 0.6
     delta_min_frames: int = 180
@@ -330,6 +337,15 @@ class MambaMiaConfig(PreTrainedConfig):
         return self.compressor_config.num_anchors(rows * columns) + self.end_of_frame
 
     @property
+    def frame_time_width(self) -> int:
+        """Tokens of the time of a frame of a video; 0 where no times are written."""
+        return time_width(self.frame_time_format)
+
+    def placeholders_per_frame(self, height: int | None = None, width: int | None = None) -> int:
+        """Placeholders of a frame of a video in the prompt: those of its time, then `tokens_per_frame`."""
+        return self.frame_time_width + self.tokens_per_frame(height, width)
+
+    @property
     def vision_hidden_size(self) -> int:
         """Width of the vision tower's patches."""
         vision = self.vision_config
@@ -369,6 +385,7 @@ class MambaMiaConfig(PreTrainedConfig):
             )
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
+        self._validate_times()
         if self.vision_batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1, not {self.vision_batch_size}.")
         if self.delta_min_frames < 0:
@@ -390,6 +407,17 @@ class MambaMiaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs the Δ of a temporal layer, and num_temporal_layers is 0; set "
                     f"{name}=None to keep every frame."
+                )
+
+    def _validate_times(self) -> None:
+        vocab_size = self.text_config.vocab_size
+        for character in time_characters(self.frame_time_format):
+            token_id = (self.time_token_ids or {}).get(character)
+            if token_id is None or not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"frame_time_format={self.frame_time_format!r} needs the token of {character!r} in "
+                    f"time_token_ids, below vocab_size={vocab_size}, not {token_id}; take them from "
+                    f"`frame_times.time_token_ids`."
                 )
 
 

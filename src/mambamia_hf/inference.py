@@ -126,7 +126,7 @@ class EncodedVideo:
 
     @property
     def _video_tokens(self) -> int:
-        return len(self.kept_frames) * self.processor.tokens_per_frame
+        return len(self.kept_frames) * self.processor.placeholders_per_frame
 
     def _prompt(self, question: str) -> dict[str, Any]:
         """The conversation as the processor makes it, with a placeholder for each token of the kept frames."""
@@ -220,7 +220,9 @@ def encode_video(
     with torch.no_grad(), _vision_progress(model, len(batch.indices), progress):
         patch_features = model.model.encode_frames(inputs["pixel_values_videos"][0]).last_hidden_state
         watch.lap("vision")
-        features: Any = model.get_video_features(patch_features_videos=patch_features[None], **selection)
+        features: Any = model.get_video_features(
+            patch_features_videos=patch_features[None], video_timestamps=inputs["video_timestamps"], **selection
+        )
     watch.lap("compress")
     return EncodedVideo(
         video,

@@ -1,8 +1,9 @@
 """The encoder: vision tower, compressor and frame selection; from pixels to the tokens of the kept frames."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from .frame_selection import frame_budget, select_frames
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
 
+
+# Seconds `(num_videos, num_frames)`; numbers in lists keep their precision where tensors are cast to the model's type.
+Timestamps: TypeAlias = Tensor | Sequence[Sequence[float]]
 
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
 _AUTO_MAP = {
@@ -46,8 +50,9 @@ class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
         last_hidden_state (`torch.FloatTensor` of shape `(num_videos, num_frames, tokens_per_frame, hidden_size)`):
             The anchors of every frame, as wide as the language model, and the end-of-frame vector if there is one;
             zero where `frame_mask` is False.
-        pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * tokens_per_frame, hidden_size)`):
-            The tokens of the kept frames of each video: what the language model reads.
+        pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * placeholders_per_frame, hidden_size)`):
+            The tokens of the kept frames of each video, each frame after its time where the model writes times: what
+            the language model reads.
         hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
             Of each layer of the vision tower, for the frames of all videos in turn, without padding; with
             `output_hidden_states=True` or `output_attentions=True`.
@@ -259,6 +264,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         patch_features_videos: Tensor | None = None,
+        video_timestamps: Timestamps | None = None,
         **kwargs: Any,
     ) -> MambaMiaFeaturesOutput | tuple:
         """The tokens of videos, the importance of their frames, and which frames are kept.
@@ -277,11 +283,14 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             vision_feature_layer, vision_batch_size (`int`, *optional*): see [`MambaMiaConfig`].
             patch_features_videos (`torch.FloatTensor` of shape `(num_videos, num_frames, num_patches, vision_size)`):
                 Result of `encode_frames` for the frames, of any floating type, in place of `pixel_values_videos`.
+            video_timestamps (`torch.DoubleTensor` of shape `(num_videos, num_frames)`, *optional*):
+                Times in seconds, as the processor returns them, or a list of numbers for each video; a model with a
+                `frame_time_format` needs them, and any other ignores them.
             kwargs: further arguments of the vision tower, such as `output_hidden_states`.
 
         Raises:
             ValueError: unless exactly one of pixels and features is given, in its shape; for a budget or a threshold
-                that is out of range, that nothing uses, or that lacks a Δ.
+                that is out of range, that nothing uses, or that lacks a Δ; without the times that the model writes.
         """
         frame_mask = real_frames(frame_mask, pixel_values_videos, patch_features_videos)
         num_frames = frame_mask.sum(dim=1).tolist()
@@ -309,13 +318,28 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         keep_mask = self._select_frames(deltas, frame_mask, budgets, delta_threshold, delta_min_frames)
         return MambaMiaFeaturesOutput(
             last_hidden_state=tokens,
-            pooler_output=[video[kept].flatten(0, 1) for video, kept in zip(tokens, keep_mask, strict=True)],
+            pooler_output=self.tokens_to_read(tokens, keep_mask, video_timestamps),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             frame_deltas=deltas,
             keep_mask=keep_mask,
             frame_mask=frame_mask,
         )
+
+    def tokens_to_read(
+        self, tokens: Tensor, keep_mask: Tensor, video_timestamps: Timestamps | None = None
+    ) -> list[Tensor]:
+        """What the language model reads of videos; the encoder alone has no embeddings and so writes no times.
+
+        Args:
+            tokens: `(num_videos, num_frames, tokens_per_frame, hidden_size)`.
+            keep_mask: `(num_videos, num_frames)`, True for the kept frames.
+            video_timestamps: see `get_video_features`.
+
+        Returns:
+            `(num_tokens, hidden_size)` of each video.
+        """
+        return [video[kept].flatten(0, 1) for video, kept in zip(tokens, keep_mask, strict=True)]
 
     def _encode_videos(
         self, pixel_values_videos: Tensor, frame_mask: Tensor, **kwargs: Any
@@ -454,4 +478,5 @@ __all__ = [
     "MambaMiaFeaturesOutput",
     "MambaMiaPatchFeaturesOutput",
     "MambaMiaPreTrainedModel",
+    "Timestamps",
 ]

@@ -25,11 +25,13 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
+from .frame_times import time_ids, time_token_ids
 from .modeling_compressor import MambaMiaCompressor
 from .modeling_encoder import (
     MambaMiaEncoderBase,
     MambaMiaFeaturesOutput,
     MambaMiaPreTrainedModel,
+    Timestamps,
     frame_budgets,
     real_frames,
 )
@@ -175,6 +177,35 @@ class MambaMiaModel(MambaMiaEncoderBase):
             masks.append(mask.unsqueeze(-1))
         return masks[0], masks[1]
 
+    def tokens_to_read(
+        self, tokens: Tensor, keep_mask: Tensor, video_timestamps: Timestamps | None = None
+    ) -> list[Tensor]:
+        """What the language model reads of videos: before the tokens of each kept frame the digits of its time, as
+        the language model's own embeddings, where the configuration has a `frame_time_format`.
+
+        Args:
+            tokens: `(num_videos, num_frames, tokens_per_frame, hidden_size)`.
+            keep_mask: `(num_videos, num_frames)`, True for the kept frames.
+            video_timestamps: see `get_video_features`.
+
+        Returns:
+            `(num_tokens, hidden_size)` of each video.
+
+        Raises:
+            ValueError: if the times are missing or do not fit the videos or the format.
+        """
+        time_format, token_ids = self.config.frame_time_format, self.config.time_token_ids
+        if time_format is None:
+            return super().tokens_to_read(tokens, keep_mask)
+        assert token_ids is not None  # the configuration has checked
+        read = []
+        for video, kept, times in zip(tokens, keep_mask, _seconds(video_timestamps, keep_mask), strict=True):
+            kept_times = [seconds for seconds, stays in zip(times, kept.tolist(), strict=True) if stays]
+            ids = torch.tensor(time_ids(kept_times, time_format, token_ids), device=tokens.device)
+            digits = self.get_input_embeddings()(ids).to(video)
+            read.append(torch.cat([digits, video[kept]], dim=1).flatten(0, 1))
+        return read
+
     def embed_multimodal(
         self,
         input_ids: Tensor | None = None,
@@ -279,18 +310,18 @@ class MambaMiaModel(MambaMiaEncoderBase):
         else:
             tokens_per_frame = self.config.compressor_config.num_anchors(features.shape[2]) + self.config.end_of_frame
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
-        budgets = resolve_budgets(video_places, num_frames, tokens_per_frame, budgets)
+        placeholders_per_frame = self.config.frame_time_width + tokens_per_frame
+        budgets = resolve_budgets(video_places, num_frames, placeholders_per_frame, budgets)
         return self.get_video_features(num_kept_frames=torch.tensor(budgets), return_dict=True, **videos)
 
-    @staticmethod
     def _token_indices(
-        video_places: Tensor, attention_mask: Tensor | None, videos: MambaMiaFeaturesOutput | None
+        self, video_places: Tensor, attention_mask: Tensor | None, videos: MambaMiaFeaturesOutput | None
     ) -> Tensor | None:
         """The positions `(batch_size, kept_length)` of the tokens that stay; None where all do."""
         if videos is None or videos.keep_mask is None:  # tokens without a mask are those of the places that are left
             return None
-        tokens_per_frame = videos.last_hidden_state.shape[2]
-        keep = tokens_to_keep(video_places, videos.keep_mask, videos.frame_mask, tokens_per_frame)
+        placeholders_per_frame = self.config.frame_time_width + videos.last_hidden_state.shape[2]
+        keep = tokens_to_keep(video_places, videos.keep_mask, videos.frame_mask, placeholders_per_frame)
         return None if keep.all() else kept_indices(keep, attention_mask)
 
     def _zero_of_compressor(self) -> Tensor:
@@ -319,6 +350,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
         delta_min_frames: int | None = None,
         patch_features: Tensor | None = None,
         patch_features_videos: Tensor | None = None,
+        video_timestamps: Timestamps | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
@@ -330,7 +362,8 @@ class MambaMiaModel(MambaMiaEncoderBase):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The prompt, with one placeholder per token of its images and videos; see `embed_multimodal`.
             pixel_values, patch_features: the images, in order; see `get_image_features`.
-            pixel_values_videos, patch_features_videos, frame_mask: the videos, in order; see `get_video_features`.
+            pixel_values_videos, patch_features_videos, frame_mask, video_timestamps: the videos, in order; see
+                `get_video_features`.
             num_kept_frames, keep_frames, keep_ratio, delta_threshold, delta_min_frames: the selection of their frames;
                 see `get_video_features`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
@@ -368,6 +401,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
             keep_ratio=keep_ratio,
             delta_threshold=delta_threshold,
             delta_min_frames=delta_min_frames,
+            video_timestamps=video_timestamps,
             vision_feature_layer=vision_feature_layer,
             vision_batch_size=vision_batch_size,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -435,6 +469,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         vision: str | os.PathLike,
         text: str | os.PathLike,
         dtype: str | torch.dtype = torch.float32,
+        frame_time_format: str | None = None,
         **compressor_kwargs: Any,
     ) -> "MambaMiaForConditionalGeneration":
         r"""A model to train: a pretrained vision tower and a pretrained language model, and a new compressor between.
@@ -450,11 +485,13 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             vision: folder or Hub name of a vision tower, or of a model of images and text that has one, as CLIP.
             text: folder or Hub name of a causal language model. Tokens that its tokenizer lacks are added.
             dtype: type of all weights.
+            frame_time_format: see [`MambaMiaConfig`].
             compressor_kwargs: of [`MambaMiaCompressorConfig`]. By default there is one anchor for each row of the
                 tower's patches; the input and output sizes are those of the two models.
 
         Raises:
-            ValueError: for an argument that is no setting of the compressor.
+            ValueError: for an argument that is no setting of the compressor, or a format of times that does not exist
+                or for which the tokenizer lacks a token.
         """
         unknown = compressor_kwargs.keys() - {field.name for field in fields(MambaMiaCompressorConfig)}
         if unknown:
@@ -470,6 +507,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         tower = getattr(tower, "vision_model", tower)
         language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
         tokenizer = load_tokenizer(text)
+        time_tokens = None if frame_time_format is None else time_token_ids(tokenizer, frame_time_format)
         if len(tokenizer) > language_model.config.vocab_size:
             language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
         language_model.config.pad_token_id = tokenizer.pad_token_id
@@ -481,6 +519,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             compressor_config=MambaMiaCompressorConfig(**{"patches_per_anchor": 1, **compressor_kwargs}),
             image_token_id=vocabulary["<|image_pad|>"],
             video_token_id=vocabulary["<|video_pad|>"],
+            frame_time_format=frame_time_format,
+            time_token_ids=time_tokens,
         )
         if "patches_per_anchor" not in compressor_kwargs:
             _, config.compressor_config.patches_per_anchor = config.patch_grid()
@@ -535,6 +575,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         delta_min_frames: int | None = None,
         patch_features: Tensor | None = None,
         patch_features_videos: Tensor | None = None,
+        video_timestamps: Timestamps | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
@@ -566,6 +607,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             delta_min_frames=delta_min_frames,
             patch_features=patch_features,
             patch_features_videos=patch_features_videos,
+            video_timestamps=video_timestamps,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
@@ -761,6 +803,7 @@ _MEDIA_ARGUMENTS = (
     *_MEDIA,
     "frame_mask",
     "num_kept_frames",
+    "video_timestamps",
     "keep_frames",
     "keep_ratio",
     "delta_threshold",
@@ -800,6 +843,28 @@ class _PromptStreamer(BaseStreamer):
 
     def end(self) -> None:
         self.streamer.end()
+
+
+def _seconds(timestamps: Timestamps | None, keep_mask: Tensor) -> list[list[float]]:
+    """The time of each frame `(num_videos, num_frames)`, NaN where a video has none."""
+    if timestamps is None:
+        raise ValueError(
+            "The model writes the times of frames and video_timestamps is missing; pass what the processor returns, "
+            "or the seconds of each frame."
+        )
+    if isinstance(timestamps, Tensor) and timestamps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"video_timestamps is {timestamps.dtype}, which may have lost seconds; pass float64, or numbers in lists, "
+            f"which nothing casts."
+        )
+    videos = timestamps.tolist() if isinstance(timestamps, Tensor) else [list(times) for times in timestamps]
+    num_videos, num_frames = keep_mask.shape
+    if len(videos) != num_videos or any(len(times) > num_frames for times in videos):
+        raise ValueError(
+            f"video_timestamps must be (num_videos, num_frames), {num_videos, num_frames} here, not "
+            f"{len(videos), max(map(len, videos), default=0)}."
+        )
+    return [times + (num_frames - len(times)) * [float("nan")] for times in videos]
 
 
 def _check_places(modality: str, places: Tensor, tokens: Tensor) -> None:

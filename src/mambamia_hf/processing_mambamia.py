@@ -14,8 +14,9 @@ from transformers.tokenization_utils_base import TextInput
 
 from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
+from .frame_times import format_time, time_width
 from .tokenization_mambamia import load_tokenizer
-from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs
+from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs, TimedBatch
 
 
 # The dialogue format of Qwen2, with the assistant's turns marked for training. A checkpoint brings its own template.
@@ -58,6 +59,9 @@ class MambaMiaProcessor(ProcessorMixin):
             How many frames of each video to keep; a call may set another number.
         keep_ratio (`float`, *optional*):
             Which share of the frames of each video to keep, instead of `keep_frames`; a call may set another share.
+        frame_time_format (`str`, *optional*):
+            That of the model: `"mm:ss"`, `"h:mm:ss"` or `"mm:ss.d"`. Each frame of a video has a placeholder for each
+            character of its time, before the others.
 
     Raises:
         `ValueError`: if `keep_frames` and `keep_ratio` are both given or out of range, or the tokenizer lacks a token.
@@ -74,13 +78,16 @@ class MambaMiaProcessor(ProcessorMixin):
         tokens_per_frame: int = 24,
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
+        frame_time_format: str | None = None,
     ):
         frame_budget(1, keep_frames, keep_ratio)  # raises for an impossible budget
+        time_width(frame_time_format)  # raises for an unknown format
         if chat_template is None and _CHAT_TEMPLATE.is_file():
             chat_template = _CHAT_TEMPLATE.read_text(encoding="utf-8")
         self.tokens_per_frame = tokens_per_frame
         self.keep_frames = keep_frames
         self.keep_ratio = keep_ratio
+        self.frame_time_format = frame_time_format
         self.image_token = "<|image_pad|>"
         self.video_token = "<|video_pad|>"
         self.image_token_id = _token_id(tokenizer, self.image_token)
@@ -119,7 +126,17 @@ class MambaMiaProcessor(ProcessorMixin):
             tokenizer=load_tokenizer(text),
             video_processor=MambaMiaVideoProcessor(**settings),
             tokens_per_frame=config.tokens_per_frame(),
+            frame_time_format=config.frame_time_format,
         )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TimedBatch:
+        """As any processor's; see [`MambaMiaVideoProcessor.preprocess`] for what it returns of videos."""
+        return TimedBatch(super().__call__(*args, **kwargs))
+
+    @property
+    def placeholders_per_frame(self) -> int:
+        """Placeholders of a frame of a video: those of its time, then `tokens_per_frame`."""
+        return time_width(self.frame_time_format) + self.tokens_per_frame
 
     @property
     def model_input_names(self) -> list[str]:
@@ -180,6 +197,8 @@ class MambaMiaProcessor(ProcessorMixin):
         self, videos: Sequence[Any], keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
         processed = self.video_processor(videos, **kwargs)
+        for times in processed.get("video_timestamps", [None]):
+            self.check_times(times)
         budget = self._budget(keep_frames, keep_ratio)
         has_budget = any(value is not None for value in budget)
         num_frames = [int(mask.sum()) for mask in processed["frame_mask"]]
@@ -209,7 +228,25 @@ class MambaMiaProcessor(ProcessorMixin):
         self, num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None
     ) -> int:
         """Placeholders of a video of `num_frames` frames, with the budget of this call or else of this processor."""
-        return frame_budget(num_frames, *self._budget(keep_frames, keep_ratio)) * self.tokens_per_frame
+        return frame_budget(num_frames, *self._budget(keep_frames, keep_ratio)) * self.placeholders_per_frame
+
+    def check_times(self, times: Any) -> None:
+        """Checks that the model can write the times of the frames of a video.
+
+        Args:
+            times: `(num_frames,)` in seconds; None where they are not known.
+
+        Raises:
+            ValueError: where the model writes times, if they are not known or do not fit the format.
+        """
+        if self.frame_time_format is None:
+            return
+        if times is None:
+            raise ValueError(
+                f"frame_time_format={self.frame_time_format!r} needs the time of each frame, and a video came as "
+                "frames without times: pass `video_metadata` with `timestamps`, the seconds of each frame, or `fps`."
+            )
+        format_time(float(max(times)), self.frame_time_format)
 
     def _budget(self, keep_frames: int | None, keep_ratio: float | None) -> tuple[int | None, float | None]:
         """The budget of a call as (keep_frames, keep_ratio), by default this processor's."""

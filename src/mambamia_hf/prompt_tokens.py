@@ -38,7 +38,7 @@ def placeholder_counts(placeholders: Tensor, *expected: Sequence[int]) -> list[i
 
 
 def resolve_budgets(
-    placeholders: Tensor, num_frames: Sequence[int], tokens_per_frame: int, num_kept_frames: Sequence[int]
+    placeholders: Tensor, num_frames: Sequence[int], placeholders_per_frame: int, num_kept_frames: Sequence[int]
 ) -> list[int]:
     """The exact number of frames to keep of each video of a prompt, 0 where a threshold or the configuration decides.
 
@@ -48,31 +48,32 @@ def resolve_budgets(
     Args:
         placeholders: `(batch_size, sequence_length)`, True where the video tokens stand.
         num_frames: of each video.
-        tokens_per_frame: of all videos.
+        placeholders_per_frame: of all videos, those of the time of a frame included.
         num_kept_frames: the budget of each video, 0 where none is given.
 
     Raises:
         ValueError: if the placeholders of a video are neither.
     """
-    all_tokens = [count * tokens_per_frame for count in num_frames]
-    budget_tokens = [count * tokens_per_frame for count in num_kept_frames]
+    all_tokens = [count * placeholders_per_frame for count in num_frames]
+    budget_tokens = [count * placeholders_per_frame for count in num_kept_frames]
     budgets = []
     counts = placeholder_counts(placeholders, all_tokens, budget_tokens)
     for count, frames, budget in zip(counts, num_frames, num_kept_frames, strict=True):
-        if not budget and 0 < count < frames * tokens_per_frame and count % tokens_per_frame == 0:
-            budget = count // tokens_per_frame
-        if count not in (frames * tokens_per_frame, budget * tokens_per_frame):
-            room = f" or, for the {budget} frames to keep, {budget * tokens_per_frame}" if budget else ""
+        if not budget and 0 < count < frames * placeholders_per_frame and count % placeholders_per_frame == 0:
+            budget = count // placeholders_per_frame
+        if count not in (frames * placeholders_per_frame, budget * placeholders_per_frame):
+            room = f" or, for the {budget} frames to keep, {budget * placeholders_per_frame}" if budget else ""
             raise ValueError(
                 f"A video of {frames} frames has {count} placeholders in the prompt; expected "
-                f"{frames * tokens_per_frame}, {tokens_per_frame} per frame{room}; make the prompt with the processor."
+                f"{frames * placeholders_per_frame}, {placeholders_per_frame} per frame{room}; make the prompt with "
+                f"the processor."
             )
         budgets.append(budget)
     return budgets
 
 
 def tokens_to_keep(
-    placeholders: Tensor, keep_mask: Tensor, frame_mask: Tensor | None, tokens_per_frame: int
+    placeholders: Tensor, keep_mask: Tensor, frame_mask: Tensor | None, placeholders_per_frame: int
 ) -> Tensor:
     """`(batch_size, sequence_length)`, False for the placeholders of dropped frames.
 
@@ -80,7 +81,7 @@ def tokens_to_keep(
         placeholders: `(batch_size, sequence_length)`, True where the video tokens stand.
         keep_mask: `(num_videos, num_frames)`, True for the frames that stay.
         frame_mask: `(num_videos, num_frames)`, True for real frames, all of them if None.
-        tokens_per_frame: of all videos.
+        placeholders_per_frame: of all videos, those of the time of a frame included.
 
     Raises:
         ValueError: if a video has placeholders neither for all of its frames nor for the kept ones.
@@ -88,12 +89,12 @@ def tokens_to_keep(
     frame_mask = torch.ones_like(keep_mask) if frame_mask is None else frame_mask.to(keep_mask.device)
     kept = keep_mask.sum(dim=1).tolist()
     lengths = frame_mask.sum(dim=1).tolist()
-    resolve_budgets(placeholders, lengths, tokens_per_frame, kept)
-    all_tokens, kept_tokens = ([count * tokens_per_frame for count in counts] for counts in (lengths, kept))
+    resolve_budgets(placeholders, lengths, placeholders_per_frame, kept)
+    all_tokens, kept_tokens = ([count * placeholders_per_frame for count in counts] for counts in (lengths, kept))
     counts = placeholder_counts(placeholders, all_tokens, kept_tokens)
     stay = []
     for video, (count, whole) in enumerate(zip(counts, all_tokens, strict=True)):
-        frames = keep_mask[video, frame_mask[video]].repeat_interleave(tokens_per_frame)
+        frames = keep_mask[video, frame_mask[video]].repeat_interleave(placeholders_per_frame)
         stay.append(frames if count == whole else frames.new_ones(count))
     keep = torch.ones_like(placeholders)
     keep[placeholders] = torch.cat(stay).to(keep.device)

@@ -2,7 +2,7 @@
 
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
@@ -26,9 +27,11 @@ from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_frame, make_batched_metadata
 
+from .frame_times import check_times
 from .video_decoding import decode_video
 from .video_index import TimedVideoMetadata
 from .video_sources import VideoSource
+from .video_times import typical_step
 
 
 _READING_OPTIONS = (
@@ -100,6 +103,60 @@ def _sample_array(
     return (frames.permute(0, 3, 1, 2) if data_format == ChannelDimension.LAST else frames), metadata
 
 
+class TimedBatch(BatchFeature):
+    """What the processors return: a `BatchFeature` whose `video_timestamps` stay as they are.
+
+    Cast to the model's type, they would be wrong by seconds, and some accelerators have no float64.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> "TimedBatch":
+        """As that of `BatchFeature`, without the times."""
+        times = self.data.pop("video_timestamps", None)
+        super().to(*args, **kwargs)
+        if times is not None:
+            self.data["video_timestamps"] = times
+        return self
+
+
+def _flat_metadata(given: Any) -> list[Any]:
+    """The metadata of each video, from those of one or a (nested) list."""
+    if given is None or isinstance(given, Mapping):
+        return [given]
+    return [known for item in given for known in _flat_metadata(item)]
+
+
+def _as_metadata(known: Any, video: Any) -> VideoMetadata:
+    """What a user tells of a video of frames, and what the frames tell."""
+    num_frames = len(video)
+    if known is None:
+        return make_batched_metadata(cast(Any, [video]), video_metadata=cast(Any, None))[0]
+    if isinstance(known, VideoMetadata):
+        return known
+    told = {"total_num_frames": num_frames, **known}
+    times = told.pop("timestamps", None)
+    if times is None:
+        return VideoMetadata(**told)
+    times = [float(seconds) for seconds in times]
+    check_times(times, num_frames)
+    step = typical_step(np.array(times), 1.0)
+    told.update(total_num_frames=num_frames, frames_indices=list(range(num_frames)))
+    told["duration"] = told.get("duration") or times[-1] + step
+    told["fps"] = num_frames / told["duration"]
+    return TimedVideoMetadata(frame_timestamps=np.array(times), **told)
+
+
+def _timestamps(metadata: VideoMetadata, num_frames: int) -> list[float] | None:
+    """The time in seconds of each sampled frame; None where nothing is known of it."""
+    if not metadata.fps and not isinstance(metadata, TimedVideoMetadata):
+        return None
+    if metadata.frames_indices is None:
+        metadata = copy(metadata)
+        metadata.frames_indices = list(range(num_frames))
+    times = [float(seconds) for seconds in metadata.timestamps]
+    check_times(times, num_frames)
+    return times
+
+
 class MambaMiaVideoProcessor(BaseVideoProcessor):
     """
     Turns videos into the `pixel_values_videos` that the vision tower takes.
@@ -141,7 +198,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     progress = False
     seek_mode = "exact"
     valid_kwargs = MambaMiaVideoProcessorKwargs  # type: ignore[assignment]  # declared for images
-    model_input_names = ["pixel_values_videos", "frame_mask"]
+    model_input_names = ["pixel_values_videos", "frame_mask", "video_timestamps"]
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[MambaMiaVideoProcessorKwargs]) -> BatchFeature:
         """Samples, resizes and normalises videos.
@@ -158,6 +215,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             - **pixel_values_videos** of shape `(num_videos, num_frames, 3, height, width)`, padded with zeros at the
               end of shorter videos;
             - **frame_mask** of shape `(num_videos, num_frames)`, bool, `True` for the frames of a video;
+            - **video_timestamps** of shape `(num_videos, num_frames)`, float64, the time of each frame in seconds from
+              the start of its video, 0 for padding; if the times of all videos are known. Those of files are, and
+              those of frames where `video_metadata` has `timestamps`, a time per frame, or `fps`;
             - **video_metadata**, a list of [`VideoMetadata`], if `return_metadata=True`. Those of video files tell the
               true times of the frames as `timestamps`.
 
@@ -171,7 +231,14 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         validate_typed_dict(cast(Any, self.valid_kwargs), options)
         frames, metadata = self._load_videos(videos, **options)
         options.update(video_metadata=metadata, do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
-        return super().preprocess(frames, **options)
+        batch = TimedBatch(super().preprocess(frames, **options))
+        times = [_timestamps(known, len(video)) for known, video in zip(metadata, frames, strict=True)]
+        known_times = [seconds for seconds in times if seconds is not None]
+        if len(known_times) == len(times):
+            rows = [torch.tensor(seconds, dtype=torch.float64) for seconds in known_times]
+            padded = pad_sequence(rows, batch_first=True)
+            batch.update(BatchFeature({"video_timestamps": padded}, tensor_type=options.get("return_tensors")))
+        return batch
 
     def make_video_list(self, videos: VideoInput) -> list[VideoSource | np.ndarray | torch.Tensor]:
         """
@@ -300,9 +367,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         flat_videos = self.make_video_list(videos)
         if not flat_videos:
             raise ValueError("`videos` is an empty list: pass at least one video.")
-        # Files have metadata of their own; Transformers wants to see arrays or names.
-        arrays = [video if isinstance(video, np.ndarray | torch.Tensor) else "" for video in flat_videos]
-        given_metadata = make_batched_metadata(cast(Any, arrays), video_metadata=video_metadata)
+        given_metadata = [None] * len(flat_videos) if video_metadata is None else _flat_metadata(video_metadata)
         if len(given_metadata) != len(flat_videos):
             raise ValueError(
                 f"There are {len(flat_videos)} videos but {len(given_metadata)} entries in `video_metadata`: pass one "
@@ -321,7 +386,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 reading: Any = {"progress": options["progress"], "seek_mode": options["seek_mode"]}
                 loaded.append(self.fetch_videos(cast(Any, video), sample, transform=resize, **reading))
             else:
-                loaded.append(_sample_array(video, known, sample, kwargs.get("input_data_format")))
+                metadata = _as_metadata(known, video)
+                loaded.append(_sample_array(video, metadata, sample, kwargs.get("input_data_format")))
         return [frames for frames, _ in loaded], [metadata for _, metadata in loaded]
 
     def _preprocess(  # type: ignore[override]  # that of images is meant

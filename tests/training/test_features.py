@@ -61,7 +61,7 @@ def test_what_could_not_be_read_is_tried_again(written, model, processor, media_
     write(model, processor, tmp_path / "media", tmp_path, RECORDS)
     made = VisionFeatures(written, {})
     assert not made.skipped
-    assert torch.equal(made.read("video", "broken.mp4"), made.read("video", "a.mp4"))
+    assert torch.equal(made.read("video", "broken.mp4").tensor, made.read("video", "a.mp4").tensor)
 
 
 def test_another_file_of_the_same_name(written, model, processor, media_folder, tmp_path):
@@ -83,9 +83,12 @@ def test_shards(model, processor, media_folder, tmp_path):
     shards = sorted((tmp_path / "features").glob("*.safetensors"))
     assert len(shards) == 3
     stored = {path: tensor for shard in shards for path, tensor in load_file(shard).items()}
-    assert stored.keys() == {"a.mp4", "a.png", "b.mp4"}
+    assert stored.keys() == {"a.mp4", "a.png", "b.mp4", "times of a.mp4", "times of b.mp4"}
     made = VisionFeatures(tmp_path / "features", {})
-    assert all(torch.equal(made.read("video", path), tensor) for path, tensor in stored.items())
+    for kind, path in (("video", "a.mp4"), ("video", "b.mp4"), ("image", "a.png")):
+        medium = made.read(kind, path)
+        assert torch.equal(medium.tensor, stored[path])
+        assert medium.times is None if kind == "image" else torch.equal(medium.times, stored[f"times of {path}"])
 
 
 def test_stopped_on_the_way(model, processor, media_folder, tmp_path, monkeypatch):
@@ -102,7 +105,8 @@ def test_stopped_on_the_way(model, processor, media_folder, tmp_path, monkeypatc
         write(model, processor, media_folder, tmp_path, RECORDS, shard_size=0)
     stopped = VisionFeatures(tmp_path / "features", {})
     assert len(stopped.shards) == 2
-    assert all(stopped.read("video", path).isfinite().all() for path in stopped.shards)
+    kinds = {"a.mp4": "video", "a.png": "image", "b.mp4": "video"}
+    assert all(stopped.read(kinds[path], path).tensor.isfinite().all() for path in stopped.shards)
     write(model, processor, media_folder, tmp_path, RECORDS, shard_size=0)
     assert VisionFeatures(tmp_path / "features", {}).shards.items() > stopped.shards.items()
 
@@ -173,4 +177,4 @@ def test_workers_make_the_same_features(written, model, processor, media_folder,
     write(model, processor, media_folder, tmp_path / "again", RECORDS, num_workers=2)
     once, again = VisionFeatures(written, {}), VisionFeatures(tmp_path / "again" / "features", {})
     assert once.shards.keys() == again.shards.keys() and once.skipped.keys() == again.skipped.keys()
-    assert all(torch.equal(once.read("video", path), again.read("video", path)) for path in once.shards)
+    assert all(torch.equal(once.read("image", path).tensor, again.read("image", path).tensor) for path in once.shards)

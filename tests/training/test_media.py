@@ -23,11 +23,11 @@ def test_sources_of_videos(reader, media_folder, how):
         "dict of bytes": {"bytes": (media_folder / "a.mp4").read_bytes(), "path": "a.mp4"},
         "dict of a path": {"bytes": None, "path": "a.mp4"},
     }[how]
-    assert torch.equal(reader.read("video", source), reader.read("video", "a.mp4"))
+    assert torch.equal(reader.read("video", source).tensor, reader.read("video", "a.mp4").tensor)
 
 
 def test_a_video_of_frames(reader):
-    video = reader.read("video", np.stack([draw_number(number) for number in range(3)]))
+    video = reader.read("video", np.stack([draw_number(number) for number in range(3)])).tensor
     assert read_numbers(video * 127.5 + 127.5) == [0, 1, 2]
 
 
@@ -35,20 +35,20 @@ def test_a_video_of_frames(reader):
 def test_sources_of_images(reader, media_folder, how):
     content = (media_folder / "a.png").read_bytes()
     source = {"bytes": content, "dict of bytes": {"bytes": content}, "PIL": Image.open(io.BytesIO(content))}[how]
-    assert torch.equal(reader.read("image", source), reader.read("image", "a.png"))
+    assert torch.equal(reader.read("image", source).tensor, reader.read("image", "a.png").tensor)
 
 
 def test_pixels_are_those_of_the_processor(reader, processor, media_folder):
     expected = processor.video_processor(str(media_folder / "a.mp4"), return_tensors="pt")["pixel_values_videos"]
-    assert torch.equal(reader.read("video", "a.mp4"), expected[0])
+    assert torch.equal(reader.read("video", "a.mp4").tensor, expected[0])
     expected = processor.image_processor(Image.open(media_folder / "a.png"), return_tensors="pt")["pixel_values"]
-    assert torch.equal(reader.read("image", "a.png"), expected[0])
+    assert torch.equal(reader.read("image", "a.png").tensor, expected[0])
 
 
 def test_frames_at_most(processor, media_folder):
     few = MediaReader(processor, media_folder, num_frames=6)
-    assert len(few.read("video", "a.mp4")) == 6 and len(few.read("video", "b.mp4")) == 4
-    assert len(MediaReader(processor, media_folder, fps=5).read("video", "a.mp4")) == 20
+    assert len(few.read("video", "a.mp4").tensor) == 6 and len(few.read("video", "b.mp4").tensor) == 4
+    assert len(MediaReader(processor, media_folder, fps=5).read("video", "a.mp4").tensor) == 20
     assert processor.video_processor.num_frames == 384 and processor.video_processor.fps == 2
 
 

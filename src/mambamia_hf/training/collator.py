@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_mambamia import MambaMiaProcessor
-from .media import FIRST_TRIES, MediaReader, VisionFeatures
+from .media import FIRST_TRIES, MediaReader, Medium, VisionFeatures
 from .records import media_path, parse_record, sample_id
 
 
@@ -35,7 +35,7 @@ class _Sample:
 
     input_ids: Tensor
     labels: Tensor
-    media: list[tuple[str, Tensor]]
+    media: list[Medium]
 
 
 class ConversationCollator:
@@ -84,7 +84,7 @@ class ConversationCollator:
         # Every worker of every epoch has a copy of the collator; they count together.
         self._used, self._skipped = torch.zeros(2, 1, dtype=torch.long).share_memory_()
 
-    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Makes a batch.
 
         Args:
@@ -96,7 +96,8 @@ class ConversationCollator:
             `pixel_values (num_images, channels, height, width)` or `patch_features (num_images, num_patches,
             vision_size)`; `pixel_values_videos (num_videos, num_frames, channels, height, width)` or
             `patch_features_videos (num_videos, num_frames, num_patches, vision_size)`, with `frame_mask (num_videos,
-            num_frames)`.
+            num_frames)` and, where the model writes the times of frames, `video_timestamps`, a list of numbers for
+            each video, which nothing casts to the model's type.
         """
         samples = [sample for record in records if (sample := self._sample(record)) is not None]
         padding = self.processor.tokenizer.pad_token_id or 0  # any token will do, the attention mask hides it
@@ -116,12 +117,12 @@ class ConversationCollator:
             batch["position_ids"] = pad_sequence(positions, batch_first=True)
         return batch | self._batch_media([medium for sample in samples for medium in sample.media])
 
-    def _batch_media(self, media: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def _batch_media(self, media: list[Medium]) -> dict[str, Any]:
         """The arguments of the model that hold images and videos."""
         precomputed = isinstance(self.media, VisionFeatures)
-        images = [tensor for kind, tensor in media if kind == "image"]
-        videos = [tensor for kind, tensor in media if kind == "video"]
-        batch = {}
+        images = [medium.tensor for medium in media if medium.kind == "image"]
+        videos = [medium.tensor for medium in media if medium.kind == "video"]
+        batch: dict[str, Any] = {}
         if images:
             batch["patch_features" if precomputed else "pixel_values"] = torch.stack(images)
         if videos:
@@ -129,6 +130,8 @@ class ConversationCollator:
             batch["patch_features_videos" if precomputed else "pixel_values_videos"] = padded
             lengths = torch.tensor([len(video) for video in videos])
             batch["frame_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
+            if self.processor.frame_time_format is not None:
+                batch["video_timestamps"] = [medium.times.tolist() for medium in media if medium.times is not None]
         return batch
 
     def _positions_with_gaps(self, input_ids: Tensor, generator: torch.Generator) -> Tensor:
@@ -151,7 +154,10 @@ class ConversationCollator:
         if isinstance(self.media, VisionFeatures):
             self._require_features(self.media, record, sources)
         try:
-            media = [(kind, self.media.read(kind, source)) for kind, source in sources]
+            media = [self.media.read(kind, source) for kind, source in sources]
+            for medium in media:
+                if medium.kind == "video":
+                    self.processor.check_times(medium.times)
             input_ids, labels = self._tokenize(messages, media)
         except Exception as error:  # decoders raise all kinds of errors for broken files
             self._skip(record, str(error))
@@ -205,9 +211,7 @@ class ConversationCollator:
     def _placeholders(self) -> tuple[int | None, int | None]:
         return self.processor.image_token_id, self.processor.video_token_id
 
-    def _tokenize(
-        self, messages: list[dict[str, Any]], media: list[tuple[str, Tensor]]
-    ) -> tuple[list[int], list[int]]:
+    def _tokenize(self, messages: list[dict[str, Any]], media: list[Medium]) -> tuple[list[int], list[int]]:
         """Token ids, with as many placeholders as the media give tokens, and labels."""
         processor, tokenizer = self.processor, self.processor.tokenizer
         texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
@@ -226,8 +230,8 @@ class ConversationCollator:
         if encoded["input_ids"][: len(beginning)] != beginning:
             tokens = [(token, 0) for token in beginning] + tokens
         lengths = [
-            processor.tokens_per_frame if kind == "image" else processor.num_video_tokens(len(tensor))
-            for kind, tensor in media
+            processor.tokens_per_frame if medium.kind == "image" else processor.num_video_tokens(len(medium.tensor))
+            for medium in media
         ]
         num_placeholders = sum(token in self._placeholders for token, _ in tokens)
         if num_placeholders != len(media):

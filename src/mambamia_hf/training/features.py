@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..files import atomic_write
-from .media import FIRST_TRIES, MediaReader, VisionFeatures
+from .media import FIRST_TRIES, TIMES, MediaReader, Medium, VisionFeatures
 from .records import load_records, media_path, parse_record
 
 
@@ -45,7 +45,7 @@ class FeatureArguments:
 
 
 class MediaFiles(Dataset):
-    """Paths of files, each with its pixels or, as a text, why it cannot be read."""
+    """Paths of files, each with what was read or, as a text, why it cannot be."""
 
     def __init__(self, files: list[tuple[str, str]], reader: MediaReader):
         self.files, self.reader = files, reader
@@ -53,7 +53,7 @@ class MediaFiles(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[str, Medium | str]:
         kind, path = self.files[index]
         try:
             return path, self.reader.read(kind, path)
@@ -81,14 +81,15 @@ class FeatureFolder:
             done = VisionFeatures(folder, settings)
             self.shards, self.skipped, self.sizes = done.shards, done.skipped, done.sizes
         self._waiting: dict[str, torch.Tensor] = {}
+        self._times: dict[str, torch.Tensor] = {}
 
     @property
     def waiting_bytes(self) -> int:
         """Size of the features that have no shard yet."""
         return sum(tensor.nbytes for tensor in self._waiting.values())
 
-    def add(self, path: str, features: torch.Tensor, size: int | None) -> None:
-        """Takes the features of a file of `size` bytes, for the next shard.
+    def add(self, path: str, features: torch.Tensor, times: torch.Tensor | None, size: int | None) -> None:
+        """Takes the features of a file of `size` bytes, and the times of the frames of a video, for the next shard.
 
         Raises:
             ValueError: if they are not finite.
@@ -96,6 +97,8 @@ class FeatureFolder:
         if not features.isfinite().all():
             raise ValueError(f"The features of '{path}' do not fit into float16; train on pixels with this tower.")
         self._waiting[path] = features.contiguous()
+        if times is not None:
+            self._times[TIMES + path] = times.contiguous()
         self.sizes[path] = size
         self.skipped.pop(path, None)
 
@@ -104,9 +107,9 @@ class FeatureFolder:
         if self._waiting:
             name = f"features-{len(set(self.shards.values())):05d}.safetensors"
             with atomic_write(self.folder / name) as file:
-                save_file(self._waiting, file)
+                save_file(self._waiting | self._times, file, {TIMES: "videos"})
             self.shards |= dict.fromkeys(self._waiting, name)
-            self._waiting = {}
+            self._waiting, self._times = {}, {}
         index = {name: getattr(self, name) for name in ("settings", "shards", "skipped", "sizes")}
         with atomic_write(self.folder / "index.json") as file:
             file.write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -184,18 +187,18 @@ def precompute(options: FeatureArguments) -> FeatureFolder:
     loader: DataLoader = DataLoader(MediaFiles(missing, reader), batch_size=None, num_workers=options.num_workers)
     bar = tqdm(loader, desc="Features", unit="file", initial=len(files) - len(missing), total=len(files))
     failed = 0
-    for tried, (path, pixels) in enumerate(bar, start=1):
-        if isinstance(pixels, str):
-            bar.write(f"{path} is skipped: {pixels}")
-            folder.skipped[path] = pixels
+    for tried, (path, medium) in enumerate(bar, start=1):
+        if isinstance(medium, str):
+            bar.write(f"{path} is skipped: {medium}")
+            folder.skipped[path] = medium
             failed += 1
             if failed == tried == FIRST_TRIES:
                 raise ValueError(
-                    f"None of the first {tried} files can be read; the last is '{path}': {pixels} Check the paths and "
+                    f"None of the first {tried} files can be read; the last is '{path}': {medium} Check the paths and "
                     f"the media folder."
                 )
             continue
-        folder.add(path, encode(model, pixels), file_size(reader, path))
+        folder.add(path, encode(model, medium.tensor), medium.times, file_size(reader, path))
         if folder.waiting_bytes >= options.shard_size * 1e6:
             folder.write()
     folder.write()

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -24,11 +24,28 @@ from .records import media_path
 # When this many records or files are all unusable from the start, the settings are wrong rather than the media.
 FIRST_TRIES = 20
 
+# How the names of the times of videos begin in shards; shards of earlier versions have none.
+TIMES = "times of "
+
 # The settings of a processor that decide how a file becomes pixels.
 _PIXEL_SETTINGS = (
     "do_sample_frames num_frames fps do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale "
     "rescale_factor do_normalize image_mean image_std"
 ).split()
+
+
+class Medium(NamedTuple):
+    """An image or a video of a record.
+
+    Args:
+        kind: `"image"` or `"video"`.
+        tensor: its pixels or its features.
+        times: of a video, `(num_frames,)`, in seconds, in float64; None where they are not known.
+    """
+
+    kind: str
+    tensor: Tensor
+    times: Tensor | None = None
 
 
 class MediaReader:
@@ -61,7 +78,7 @@ class MediaReader:
         is_address = path.startswith(("http://", "https://"))
         return path if is_address or self.media_folder is None else os.path.join(self.media_folder, path)
 
-    def read(self, kind: str, source: Any) -> Tensor:
+    def read(self, kind: str, source: Any) -> Medium:
         """Reads one image or video.
 
         Args:
@@ -75,13 +92,15 @@ class MediaReader:
         content = self._content(source)
         if kind == "image":
             image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
-            return self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0]
+            return Medium(kind, self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0])
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(content, bytes):
                 file = Path(folder, "video")
                 file.write_bytes(content)
                 content = str(file)
-            return self.video_processor(content, return_tensors="pt")["pixel_values_videos"][0]
+            video = self.video_processor(content, return_tensors="pt")
+        times = video["video_timestamps"][0] if "video_timestamps" in video else None
+        return Medium(kind, video["pixel_values_videos"][0], times)
 
     def _content(self, source: Any) -> Any:
         """The bytes of a source, or where they are, or else the source itself: an image or frames."""
@@ -152,7 +171,7 @@ class VisionFeatures:
     def __contains__(self, source: Any) -> bool:
         return media_path(source) in self.shards or media_path(source) in self.skipped
 
-    def read(self, kind: str, source: Any) -> Tensor:
+    def read(self, kind: str, source: Any) -> Medium:
         """Reads the features of one image or video.
 
         Args:
@@ -168,7 +187,9 @@ class VisionFeatures:
         path = str(media_path(source))
         if path in self.skipped:
             raise ValueError(self.skipped[path])
-        return _open_shard(self.folder / self.shards[path]).get_tensor(path)
+        shard = _open_shard(self.folder / self.shards[path])
+        is_timed = kind == "video" and TIMES in (shard.metadata() or {})
+        return Medium(kind, shard.get_tensor(path), shard.get_tensor(TIMES + path) if is_timed else None)
 
 
-__all__ = ["FIRST_TRIES", "MediaReader", "VisionFeatures"]
+__all__ = ["FIRST_TRIES", "TIMES", "MediaReader", "Medium", "VisionFeatures"]
