@@ -30,6 +30,7 @@ from transformers import (
 from video_files import write_video
 
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor
+from mambamia_hf.frame_times import format_time
 from mambamia_hf.tokenization_mambamia import SPECIAL_TOKENS
 from mambamia_hf.training import ConversationCollator
 
@@ -82,8 +83,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def build(folder: Path, vision: str, text: str) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
-    model = MambaMiaForConditionalGeneration.from_vision_text_pretrained(folder / vision, folder / text, **COMPRESSOR)
+def build(
+    folder: Path, vision: str, text: str, frame_time_format: str | None = None
+) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    model = MambaMiaForConditionalGeneration.from_vision_text_pretrained(
+        folder / vision, folder / text, frame_time_format=frame_time_format, **COMPRESSOR
+    )
     return model, MambaMiaProcessor.from_vision_text_pretrained(folder / vision, folder / text, model.config)
 
 
@@ -125,6 +130,30 @@ def test_the_weights_are_those_of_the_two(folder, vision):
     language_model = AutoModelForCausalLM.from_pretrained(folder / "qwen")
     ids = torch.tensor([[7, 8, 9, 10]])  # no placeholders
     assert torch.equal(model.eval()(ids).logits, language_model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(("text", "time_format"), [("qwen", "mm:ss"), ("llama", "h:mm:ss"), ("qwen", "mm:ss.d")])
+def test_a_model_of_frames_with_times(folder, tmp_path, text, time_format):
+    model, processor = build(folder, "siglip", text, time_format)
+    model.train().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert processor.frame_time_format == model.config.frame_time_format == time_format
+    assert processor.placeholders_per_frame == model.config.placeholders_per_frame() == len(time_format) + 4
+
+    batch = ConversationCollator(processor)([conversation(folder)])
+    assert (batch["input_ids"] == model.config.video_token_id).sum() == 4 * (len(time_format) + 4)
+    assert batch["video_timestamps"] == [pytest.approx([0.2, 0.7, 1.2, 1.7])]
+    texts = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: texts.extend(processor.tokenizer.batch_decode(args[0]))
+    )
+    model(**batch).loss.backward()
+    hook.remove()
+    expected = [format_time(seconds, time_format) for seconds in batch["video_timestamps"][0]]
+    assert [text for text in texts if len(text) == len(time_format)] == expected
+    gradients = model.get_input_embeddings().weight.grad
+    assert gradients[list(model.config.time_token_ids.values())[:2]].abs().sum(dim=1).min() > 0
 
 
 def test_tokens_that_are_missing_are_added(folder):
