@@ -316,9 +316,12 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         tokens, deltas = self.compress(patch_features_videos, frame_mask)
         frame_mask = frame_mask.to(tokens.device)
         keep_mask = self._select_frames(deltas, frame_mask, budgets, delta_threshold, delta_min_frames)
+        kept_frames = [video[kept] for video, kept in zip(tokens, keep_mask, strict=True)]
         return MambaMiaFeaturesOutput(
             last_hidden_state=tokens,
-            pooler_output=self.tokens_to_read(tokens, keep_mask, video_timestamps),
+            pooler_output=[
+                frames.flatten(0, 1) for frames in self.with_times(kept_frames, keep_mask, video_timestamps)
+            ],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             frame_deltas=deltas,
@@ -326,20 +329,20 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             frame_mask=frame_mask,
         )
 
-    def tokens_to_read(
-        self, tokens: Tensor, keep_mask: Tensor, video_timestamps: Timestamps | None = None
+    def with_times(
+        self, kept_frames: list[Tensor], keep_mask: Tensor, video_timestamps: Timestamps | None
     ) -> list[Tensor]:
-        """What the language model reads of videos; the encoder alone has no embeddings and so writes no times.
+        """The kept frames of videos as the language model reads them; the encoder alone has no embeddings of times.
 
         Args:
-            tokens: `(num_videos, num_frames, tokens_per_frame, hidden_size)`.
+            kept_frames: `(num_kept_frames, tokens_per_frame, hidden_size)` of each video.
             keep_mask: `(num_videos, num_frames)`, True for the kept frames.
             video_timestamps: see `get_video_features`.
 
         Returns:
-            `(num_tokens, hidden_size)` of each video.
+            `(num_kept_frames, placeholders_per_frame, hidden_size)` of each video.
         """
-        return [video[kept].flatten(0, 1) for video, kept in zip(tokens, keep_mask, strict=True)]
+        return kept_frames
 
     def _encode_videos(
         self, pixel_values_videos: Tensor, frame_mask: Tensor, **kwargs: Any

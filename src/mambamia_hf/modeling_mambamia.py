@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -177,34 +179,33 @@ class MambaMiaModel(MambaMiaEncoderBase):
             masks.append(mask.unsqueeze(-1))
         return masks[0], masks[1]
 
-    def tokens_to_read(
-        self, tokens: Tensor, keep_mask: Tensor, video_timestamps: Timestamps | None = None
+    def with_times(
+        self, kept_frames: list[Tensor], keep_mask: Tensor, video_timestamps: Timestamps | None
     ) -> list[Tensor]:
-        """What the language model reads of videos: before the tokens of each kept frame the digits of its time, as
-        the language model's own embeddings, where the configuration has a `frame_time_format`.
+        """The kept frames of videos as the language model reads them: where the configuration has a
+        `frame_time_format`, each after the digits of its time, which are the language model's own embeddings.
 
         Args:
-            tokens: `(num_videos, num_frames, tokens_per_frame, hidden_size)`.
+            kept_frames: `(num_kept_frames, tokens_per_frame, hidden_size)` of each video.
             keep_mask: `(num_videos, num_frames)`, True for the kept frames.
             video_timestamps: see `get_video_features`.
 
         Returns:
-            `(num_tokens, hidden_size)` of each video.
+            `(num_kept_frames, placeholders_per_frame, hidden_size)` of each video.
 
         Raises:
             ValueError: if the times are missing or do not fit the videos or the format.
         """
         time_format, token_ids = self.config.frame_time_format, self.config.time_token_ids
         if time_format is None:
-            return super().tokens_to_read(tokens, keep_mask)
+            return kept_frames
         assert token_ids is not None  # the configuration has checked
-        read = []
-        for video, kept, times in zip(tokens, keep_mask, _seconds(video_timestamps, keep_mask), strict=True):
+        timed_frames = []
+        for frames, kept, times in zip(kept_frames, keep_mask, _seconds(video_timestamps, keep_mask), strict=True):
             kept_times = [seconds for seconds, stays in zip(times, kept.tolist(), strict=True) if stays]
-            ids = torch.tensor(time_ids(kept_times, time_format, token_ids), device=tokens.device)
-            digits = self.get_input_embeddings()(ids).to(video)
-            read.append(torch.cat([digits, video[kept]], dim=1).flatten(0, 1))
-        return read
+            ids = torch.tensor(time_ids(kept_times, time_format, token_ids), device=frames.device)
+            timed_frames.append(torch.cat([self.get_input_embeddings()(ids).to(frames), frames], dim=1))
+        return timed_frames
 
     def embed_multimodal(
         self,
@@ -857,14 +858,16 @@ def _seconds(timestamps: Timestamps | None, keep_mask: Tensor) -> list[list[floa
             f"video_timestamps is {timestamps.dtype}, which may have lost seconds; pass float64, or numbers in lists, "
             f"which nothing casts."
         )
-    videos = timestamps.tolist() if isinstance(timestamps, Tensor) else [list(times) for times in timestamps]
+    videos = timestamps.tolist() if isinstance(timestamps, Tensor) else list(timestamps)
     num_videos, num_frames = keep_mask.shape
-    if len(videos) != num_videos or any(len(times) > num_frames for times in videos):
+    if len(videos) != num_videos or not all(
+        isinstance(times, Sequence) and len(times) <= num_frames for times in videos
+    ):
         raise ValueError(
-            f"video_timestamps must be (num_videos, num_frames), {num_videos, num_frames} here, not "
-            f"{len(videos), max(map(len, videos), default=0)}."
+            f"video_timestamps must be (num_videos, num_frames), {(num_videos, num_frames)} here, or a list of at "
+            f"most {num_frames} numbers for each of {num_videos} videos, not {reprlib.repr(videos)}."
         )
-    return [times + (num_frames - len(times)) * [float("nan")] for times in videos]
+    return [[*times, *(num_frames - len(times)) * [float("nan")]] for times in videos]
 
 
 def _check_places(modality: str, places: Tensor, tokens: Tensor) -> None:
