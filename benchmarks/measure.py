@@ -80,13 +80,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: list[dict[str, Any]]):
-    """Prints `rows` as a table and writes them as JSON, together with the machine."""
+def report(name: str, rows: list[dict[str, Any]], write: bool = True):
+    """Prints `rows` as a table and, unless told not to, writes them as JSON, together with the machine."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = [columns] + [[_text(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    if not write:
+        return
     RESULTS.mkdir(exist_ok=True)
     results = {"machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")

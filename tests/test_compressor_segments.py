@@ -45,11 +45,20 @@ def test_segment_rows(monkeypatch):
     assert segment_rows(9, 730, torch.device("cpu")) == 1  # one row where a row is already too long
 
 
+@pytest.fixture(params=[True, False], ids=["project twice", "keep inputs"])
+def projects_twice(request, monkeypatch):
+    """Inputs of the scans are computed once more, as on a CPU, or kept, as on a GPU."""
+    monkeypatch.setattr(compressor_segments, "PROJECTS_TWICE", {"cpu"} if request.param else set())
+    return request.param
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("variant", [{}, {"bidirectional": False}, {"n_groups": 2}, {"conv_kernel": 2}], ids=str)
 @pytest.mark.parametrize("anchors_only", [False, True])
 @pytest.mark.parametrize(("rows", "segment_tokens"), [(1, 8), (3, 8), (7, 16), (20, 40), (21, 48), (21, 1000)])
-def test_block_in_segments_equals_the_plain_block(placement, variant, anchors_only, rows, segment_tokens, monkeypatch):
+def test_block_in_segments_equals_the_plain_block(
+    placement, variant, anchors_only, rows, segment_tokens, projects_twice, monkeypatch
+):
     monkeypatch.setitem(compressor_segments.SEGMENT_TOKENS, "cpu", segment_tokens)
     block = tiny_compressor(gpa_placement=placement, **variant).double().layers[0]
     hidden_states = torch.randn(2, 4 * rows, 16, dtype=torch.float64)

@@ -93,9 +93,9 @@ def test_result_does_not_depend_on_how_it_is_computed(monkeypatch):
         monkeypatch.setitem(compressor_segments.SEGMENT_TOKENS, "cpu", segment_tokens)
         check()
     for chunk_size in (1, 7, 64):
-        monkeypatch.setitem(ssd_cpu._CHUNK_SIZE, "cpu", chunk_size)
+        monkeypatch.setattr(ssd_cpu, "_CHUNK_SIZE", chunk_size)
         check()
-    monkeypatch.setitem(ssd_cpu._MAX_HEADS, "cpu", 1)
+    monkeypatch.setattr(ssd_cpu, "_MAX_HEADS", 1)
     check()
     monkeypatch.setattr(ssd_cpu, "_SEGMENT_CHUNKS", 1)
     check()

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # Tokens in the segments of all sequences of a batch together: enough for matrix products at full speed, and on a CPU
 # few enough for what lies between the products to stay in its cache.
-SEGMENT_TOKENS = {"cpu": 1200, "cuda": 4800}
+SEGMENT_TOKENS = {"cpu": 1200, "cuda": 19200}
+# Where the inputs of the scans are projected twice, since to keep them would take most of the memory.
+PROJECTS_TWICE = {"cpu"}
 
 
 def segment_rows(batch_size: int, row_length: int, device: torch.device) -> int:
@@ -93,19 +95,24 @@ def run_each_segment(
     Yields:
         For each segment what `block.run_segment` gives: the output, and the forward scan's state after it.
     """
-    for segment, backward_state in zip(segments, _backward_states(block, segments), strict=True):
-        output, forward_state = block.run_segment(segment, forward_state, backward_state, anchors_only)
+    for segment, (backward_state, inputs) in zip(segments, _from_the_right(block, segments), strict=True):
+        output, forward_state = block.run_segment(segment, forward_state, backward_state, anchors_only, inputs)
         yield output, forward_state
 
 
-def _backward_states(block: "MambaMiaSpatialBlock", segments: Sequence[Tensor]) -> "list[ScanState | None]":
-    """The state in which the backward scan enters each segment: the one that it leaves the next segment in."""
+def _from_the_right(
+    block: "MambaMiaSpatialBlock", segments: Sequence[Tensor]
+) -> "list[tuple[ScanState | None, Tensor | None]]":
+    """The state in which the backward scan enters each segment, which is the one that it leaves the next segment in,
+    and the inputs of the scans, as far as they are kept."""
     mixer = block.mixer
     if mixer.backward_ssm is None:
-        return [None] * len(segments)
-    states: list[ScanState | None] = [None]
+        return [(None, None)] * len(segments)
+    keeps_inputs = segments[0].device.type not in PROJECTS_TWICE
+    found: list[tuple[ScanState | None, Tensor | None]] = []
+    entered: ScanState | None = None
     for segment in reversed(segments[1:]):
         inputs = mixer.project_inputs(block.mixer_input(segment))
-        _, _, state = mixer.backward_ssm(inputs.flip(1), states[-1], outputs=slice(0))
-        states.append(state)
-    return states[::-1]
+        found.append((entered, inputs if keeps_inputs else None))
+        _, _, entered = mixer.backward_ssm(inputs.flip(1), entered, outputs=None)
+    return [(entered, None), *reversed(found)]

@@ -111,15 +111,15 @@ class MambaMiaMamba2SSM(nn.Module):
         self,
         inputs: Tensor,
         state: ScanState | None = None,
-        outputs: slice = slice(None),
+        outputs: slice | None = slice(None),
         length_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, ScanState]:
         """
         Args:
             inputs: `(batch_size, length, intermediate_size + 2 * n_groups * state_size + num_heads)`: x, B, C and dt.
             state: what the scan left after the tokens before these; by default these are the first.
-            outputs: the tokens whose output is wanted. With none of them (`slice(0)`) only Δ and the state are
-                computed, at a fraction of the cost and without a gradient.
+            outputs: the tokens whose output is wanted. With none of them (`None`) only Δ and the state are computed,
+                at a fraction of the cost and without a gradient.
             length_scale: how many times longer a sequence may seem to the scan, see `_lengthen_quiet_time`.
 
         Returns:
@@ -137,15 +137,22 @@ class MambaMiaMamba2SSM(nn.Module):
         delta = delta.clamp(*config.time_step_limit)
         steps = _lengthen_quiet_time(delta, length_scale)
         A = -_full_precision(self.A_log).exp()
-        if range(inputs.shape[1])[outputs]:
+        if outputs is None:
+            y, ssm = x[:, :0], ssd_final_states(x, steps, A, B, ssm)
+        else:
             y, ssm = ssd_chunk_scan(
                 x, steps, A, B, C, config.chunk_size, D=self.D, initial_states=ssm, return_final_states=True
             )
-        else:
-            y, ssm = x, ssd_final_states(x, steps, A, B, ssm)
-        y = y[:, outputs].flatten(2).unflatten(-1, (config.n_groups, -1))
-        y = nn.functional.rms_norm(y, y.shape[-1:], eps=config.rms_norm_eps)
-        return y.flatten(2) * self.norm, delta, ScanState(self._last_inputs(xBC, conv), ssm)
+            y = y[:, outputs]
+        return self._norm(y.flatten(2)), delta, ScanState(self._last_inputs(xBC, conv), ssm)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        """RMS norm of each group of channels; `(batch_size, length, intermediate_size)` to the same shape."""
+        groups, weight, eps = self.config.n_groups, self.norm.to(y.dtype), self.config.rms_norm_eps
+        if groups == 1:
+            return nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
+        y = y.unflatten(-1, (groups, -1))
+        return nn.functional.rms_norm(y, y.shape[-1:], eps=eps).flatten(2) * weight
 
     def _last_inputs(self, xBC: Tensor, conv: Tensor | None) -> Tensor:
         """The convolution's part of the state after `xBC`: its last `conv_kernel - 1` tokens, zeros before them."""
@@ -227,6 +234,7 @@ class MambaMiaMixer(nn.Module):
         forward_state: ScanState | None = None,
         backward_state: ScanState | None = None,
         length_scale: float = 1.0,
+        inputs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, ScanState | None]:
         """
         Args:
@@ -234,12 +242,13 @@ class MambaMiaMixer(nn.Module):
             forward_state: the forward scan's state after the tokens before these; by default there are none.
             backward_state: the backward scan's state after the tokens behind these; by default there are none.
             length_scale: see `_lengthen_quiet_time`.
+            inputs: what `project_inputs` gave for `hidden_states`, where that is known.
 
         Returns:
             `(batch_size, length, hidden_size)`; the forward scan's Δ `(batch_size, length, num_heads)`; and its state
             after the last token (`None` for Mamba-1).
         """
-        z, inputs = self.in_proj(hidden_states).split(self.in_split, dim=-1)
+        z, inputs = self.project(hidden_states, inputs)
         y, delta, state = self.scan(inputs, forward_state, backward_state, length_scale=length_scale)
         return self.out_proj(y * nn.functional.silu(z)), delta, state
 
@@ -258,6 +267,13 @@ class MambaMiaMixer(nn.Module):
             y_backward, _, _ = self.backward_ssm(inputs.flip(1), backward_state, first, length_scale)
             y = y + y_backward.flip(1)
         return y, delta, state
+
+    def project(self, hidden_states: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gate z and the inputs of the scans, unless the latter are known."""
+        if inputs is None:
+            z, inputs = self.in_proj(hidden_states).split(self.in_split, dim=-1)
+            return z, inputs
+        return self.project_gate(hidden_states), inputs
 
     def project_gate(self, hidden_states: Tensor) -> Tensor:
         """The gate z `(..., intermediate_size)` alone."""
@@ -327,13 +343,14 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
             hidden_states: `(batch_size, num_rows * (K + 1), hidden_size)`.
             anchors_only: whether to return the anchors alone, which costs less.
             needs_gradient: False lets the block run segment by segment: the same result in bounded memory, but
-                without a gradient, and `hidden_states` is overwritten. A Mamba-1 block always runs whole.
+                without a gradient, and `hidden_states` is overwritten. A Mamba-1 block always runs whole, and so does
+                a compiled one, whose graph has no loop over segments.
 
         Returns:
             `(batch_size, num_rows * (K + 1), hidden_size)`, or `(batch_size, num_rows, hidden_size)` with
             `anchors_only`.
         """
-        if not needs_gradient and self.mixer.forward_ssm.takes_state:
+        if not needs_gradient and self.mixer.forward_ssm.takes_state and not torch.compiler.is_compiling():
             return run_in_segments(self, hidden_states, anchors_only)
         return self.run_segment(hidden_states, anchors_only=anchors_only)[0]
 
@@ -343,16 +360,18 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         forward_state: ScanState | None = None,
         backward_state: ScanState | None = None,
         anchors_only: bool = False,
+        inputs: Tensor | None = None,
     ) -> tuple[Tensor, ScanState | None]:
-        """The block over whole rows of a sequence, given the states of [`MambaMiaMixer`] on either side of them.
+        """The block over whole rows of a sequence, given the states of [`MambaMiaMixer`] on either side of them, and
+        the inputs of its scans where they are known.
 
         Returns:
             As `forward`, and the forward scan's state after the last token.
         """
         mixer_input = self.mixer_input(hidden_states)
         if anchors_only:
-            return self._read_anchors(hidden_states, mixer_input, forward_state, backward_state)
-        mixed, _, state = self.mixer(mixer_input, forward_state, backward_state)
+            return self._read_anchors(hidden_states, mixer_input, forward_state, backward_state, inputs)
+        mixed, _, state = self.mixer(mixer_input, forward_state, backward_state, inputs=inputs)
         hidden_states = hidden_states + mixed
         if self.gpa is not None and self.gpa_placement == "post_mixer":
             hidden_states = self.gpa(hidden_states)
@@ -371,6 +390,7 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         mixer_input: Tensor,
         forward_state: ScanState | None,
         backward_state: ScanState | None,
+        inputs: Tensor | None,
     ) -> tuple[Tensor, ScanState | None]:
         r"""The anchors that `run_segment` gives, without `out_proj` of every patch.
 
@@ -380,10 +400,11 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         """
         mixer, states = self.mixer, (forward_state, backward_state)
         if self.gpa is None or self.gpa_placement != "post_mixer":
-            y, _, state = mixer.scan(mixer.project_inputs(mixer_input), *states, stride=self.row_length)
+            inputs = mixer.project_inputs(mixer_input) if inputs is None else inputs
+            y, _, state = mixer.scan(inputs, *states, stride=self.row_length)
             gate = nn.functional.silu(mixer.project_gate(self._anchors(mixer_input)))
             return self._anchors(hidden_states) + mixer.out_proj(y * gate), state
-        z, inputs = mixer.in_proj(mixer_input).split(mixer.in_split, dim=-1)
+        z, inputs = mixer.project(mixer_input, inputs)
         y, _, state = mixer.scan(inputs, *states)
         h, u = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, y * nn.functional.silu(z)))
         anchor = h[:, :, -1:] + mixer.out_proj(u[:, :, -1:])
@@ -529,7 +550,8 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it at least one frame.")
         needs_gradient = self._needs_gradient(patch_features)
-        hidden_states = self.embed(patch_features) if needs_gradient else embed_in_segments(self, patch_features)
+        whole = needs_gradient or torch.compiler.is_compiling()
+        hidden_states = self.embed(patch_features) if whole else embed_in_segments(self, patch_features)
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
             hidden_states = layer(hidden_states, anchors_only=is_last, needs_gradient=needs_gradient)

@@ -2,8 +2,8 @@
 
 Every call picks its engine by the device of the tensors. On CUDA these are the official kernels where they can be
 imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else, and without the kernels on CUDA
-too, it is PyTorch: `ssd_cpu.py` computes what `ssd_reference` below says, faster. Under `torch.compile` and
-`torch.export` `ssd_reference` itself runs, as one graph.
+it is PyTorch: `ssd_cpu.py` and `ssd_gpu.py` compute what `ssd_reference` below says, faster. Under
+`torch.compile` and `torch.export` `ssd_reference` itself runs, as one graph.
 
 Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of a chunk.
 """
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
-from .ssd_cpu import chunk_scan, final_states
+from .ssd_cpu import chunk_scan as cpu_chunk_scan
+from .ssd_cpu import final_states as cpu_final_states
+from .ssd_gpu import chunk_scan as gpu_chunk_scan
+from .ssd_gpu import final_states as gpu_final_states
+
+
+# `ssd_reference` has a weight per head and pair of tokens of a chunk, so short chunks cost less.
+_REFERENCE_CHUNK_SIZE = 64
+# Chunks whose states it computes together.
+_CHUNK_GROUP = 32
 
 
 def ssd_chunk_scan(
@@ -66,7 +75,7 @@ def ssd_chunk_scan(
             f"x {tuple(x.shape)} needs B and C of one shape (b, l, groups, state) with groups dividing the heads, "
             f"not {tuple(B.shape)}, {tuple(C.shape)}."
         )
-    scan = _kernel_chunk_scan if x.is_cuda else _torch_chunk_scan
+    scan = _kernel_chunk_scan if _has_kernels(x) else _torch_chunk_scan
     return scan(
         x,
         dt,
@@ -109,29 +118,60 @@ def ssd_reference(
         padding = (0, 0) * (tensor.dim() - 2) + (0, -length % chunk_size)
         return nn.functional.pad(tensor.to(A.dtype), padding).unflatten(1, (-1, chunk_size))
 
-    B, C = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (B, C))
-    x_, B, C, delta = chunked(x), chunked(B), chunked(C), chunked(delta)
+    def per_head(tensor: Tensor) -> Tensor:
+        """`(b, c, g, ...)` to `(b, c, h, ...)`."""
+        return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+
+    x_, delta = chunked(x), chunked(delta)
+    B, C = (chunked(tensor).transpose(2, 3) for tensor in (B, C))  # b c g q n
     log_decay = (delta * A).transpose(2, 3).cumsum(dim=-1)  # b c h q, from the start of the chunk to each token
     written = x_ * delta.unsqueeze(-1)
 
     # 1. What a token reads from its own chunk: Σ_s≤t (C_t·B_s) e^{decay from s to t} Δ_s x_s.
-    decay = _decay_between(log_decay)
-    y = torch.einsum("bcqhn,bcshn,bchqs,bcshp->bcqhp", C, B, decay, written)
+    weights = per_head(C @ B.mT) * _decay_between(log_decay)
+    y = torch.einsum("bchqs,bcshp->bcqhp", weights, written)
 
     # 2. What each chunk adds to the state: Σ_s e^{decay from s to its end} Δ_s x_s B_s.
-    to_end = (log_decay[..., -1:] - log_decay).exp()
-    added = torch.einsum("bcqhn,bchq,bcqhp->bchpn", B, to_end, written)
+    to_end = (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)
+    added = torch.einsum("bchqn,bcqhp->bchpn", per_head(B) * to_end, written)
 
-    # 3. The states between chunks: the recurrence over chunks, which is step 1 with whole chunks for tokens.
-    total = nn.functional.pad(log_decay[..., -1].transpose(1, 2), (1, 0)).cumsum(dim=-1)  # b h c+1
-    states = torch.cat([states.unsqueeze(1), added], dim=1)
-    states = torch.einsum("bhzc,bchpn->bzhpn", _decay_between(total), states)
+    # 3. The states between chunks: the recurrence over chunks.
+    entered, states = _states_between_chunks(added, log_decay[..., -1].transpose(1, 2), states)
 
     # 4. What a token reads from the state that entered its chunk: e^{decay to t} C_t h.
-    y = y + torch.einsum("bcqhn,bchpn,bchq->bcqhp", C, states[:, :-1], log_decay.exp())
+    y = y + torch.einsum("bchqn,bchpn->bcqhp", per_head(C) * log_decay.exp().unsqueeze(-1), entered)
 
     y = (y + D.unsqueeze(-1) * x_).flatten(1, 2)[:, :length]
-    return y.to(x.dtype), states[:, -1]
+    return y.to(x.dtype), states
+
+
+def _states_between_chunks(added: Tensor, total: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence h <- e^{total} h + added over chunks: step 1 twice, with chunks and then groups of chunks for
+    tokens, since its cost grows with the square of their number.
+
+    Args:
+        added: `(b, c, h, p, n)`, what each chunk adds to the state.
+        total: `(b, h, c)`, the logarithm of the decay over each chunk.
+        states: `(b, h, p, n)`, those before the first chunk.
+
+    Returns:
+        The states before each chunk `(b, c, h, p, n)`, and those after the last.
+    """
+    num_chunks = added.shape[1]
+    missing = -num_chunks % _CHUNK_GROUP
+    total = nn.functional.pad(total, (0, missing)).unflatten(2, (-1, _CHUNK_GROUP))
+    added = nn.functional.pad(added, (0, 0) * 3 + (0, missing)).unflatten(1, (-1, _CHUNK_GROUP))
+
+    # Within a group: what its earlier chunks wrote, for every chunk and for its end.
+    passed = nn.functional.pad(total, (1, 0)).cumsum(dim=-1)  # b h k j+1, from the start of the group
+    within = torch.einsum("bhkzj,bkjhpn->bkzhpn", _decay_between(passed)[..., 1:], added)
+
+    # Between groups, then from the start of a group to each of its chunks.
+    over = nn.functional.pad(passed[..., -1], (1, 0)).cumsum(dim=-1)  # b h k+1
+    sources = torch.cat([states.unsqueeze(1), within[:, :, -1]], dim=1)
+    between = torch.einsum("bhzk,bkhpn->bzhpn", _decay_between(over), sources)
+    entered = within[:, :, :-1] + torch.einsum("bhkz,bkhpn->bkzhpn", passed[..., :-1].exp(), between[:, :-1])
+    return entered.flatten(1, 2)[:, :num_chunks], between[:, -1]
 
 
 def _decay_between(log_decay: Tensor) -> Tensor:
@@ -154,6 +194,7 @@ def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states
         `(b, h, p, n)`, in float32 (float64 for float64 inputs).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    final_states = gpu_final_states if x.is_cuda else cpu_final_states
     return final_states(x, dt.to(dtype), A.to(dtype), B, _states(x, B, initial_states, dtype))
 
 
@@ -175,7 +216,7 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor 
     Returns:
         `(b, l, d)`.
     """
-    conv = _kernel_causal_conv1d if x.is_cuda else _torch_causal_conv1d
+    conv = _kernel_causal_conv1d if _has_kernels(x) else _torch_causal_conv1d
     if context is not None:
         x = torch.cat([context, x], dim=1)
     x = x.transpose(1, 2)
@@ -219,11 +260,18 @@ def _torch_chunk_scan(
     delta = delta.clamp(*dt_limit)
     skip = D if D is not None and D.dim() == 1 else torch.zeros_like(A)
     states = _states(x, B, initial_states, dtype)
-    scan = ssd_reference if torch.compiler.is_compiling() else chunk_scan
+    scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
+    if torch.compiler.is_compiling():
+        scan, chunk_size = ssd_reference, min(chunk_size, _REFERENCE_CHUNK_SIZE)
     y, final_states = scan(x, delta, A.to(dtype), B, C, skip.to(dtype), states, chunk_size)
     if D is not None and D.dim() == 2:
         y = y + (x * D).to(y.dtype)
     return (y, final_states) if return_final_states else y
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the official kernels may run: they are opaque to `torch.compile`, which would break the graph."""
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 # On a GPU: the Hub's kernels if the model was loaded with `use_kernels=True`, else installed packages, else PyTorch.

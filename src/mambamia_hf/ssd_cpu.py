@@ -1,4 +1,4 @@
-"""The SSD scan as a few large matrix products, forward and backward: the PyTorch engine behind `ssd.py`.
+"""The SSD scan as a few large matrix products, forward and backward: the engine of `ssd.py` on a CPU.
 
 Let L_t be the base-2 logarithm of the decay from the start of a chunk up to token t, m the middle of its range, and
 u_t = 2^(L_t - m), v_s = 2^(m - L_s) Δ_s. Then u_t v_s is the decay from token s to token t times Δ_s, and with
@@ -34,13 +34,13 @@ from torch.autograd.function import once_differentiable
 
 
 # Tokens of a chunk, a power of two: longer chunks cost more in T, shorter ones more in the states.
-_CHUNK_SIZE = {"cpu": 64, "cuda": 128}
+_CHUNK_SIZE = 64
 # Chunks of a segment. Training keeps the state before every segment.
 _SEGMENT_CHUNKS = 16
-# Heads computed together: as many as stay in a CPU's cache, or as fill a GPU.
-_MAX_HEADS = {"cpu": 16, "cuda": 1024}
+# Heads computed together: as many as stay in the cache.
+_MAX_HEADS = 16
 # Steep heads computed together; those of similar steepness need the same boundaries.
-_STEEP_HEADS = {"cpu": 4, "cuda": 1024}
+_STEEP_HEADS = 4
 # Fewer heads are not worth a thread, as every thread computes T once more.
 _MIN_HEADS = 4
 # Nor are fewer elements of x.
@@ -73,7 +73,7 @@ def chunk_scan(
         `y (b, l, h, p)` in the type of x, and the states after the last token `(b, h, p, n)`. `delta`, `A`, `D` and
         states have the type that everything is computed in.
     """
-    limit = min(chunk_size, _CHUNK_SIZE.get(x.device.type, _CHUNK_SIZE["cuda"]))
+    limit = min(chunk_size, _CHUNK_SIZE)
     with torch.autocast(x.device.type, enabled=False):
         return _Scan.apply(x, delta, A, B, C, D, states, 2 ** (limit.bit_length() - 1))
 
@@ -85,7 +85,7 @@ def final_states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, states: Tensor)
     Arguments and result as in `chunk_scan`.
     """
     result = torch.empty_like(states, memory_format=torch.contiguous_format)
-    length, step = x.shape[1], _SEGMENT_CHUNKS * _CHUNK_SIZE["cpu"]
+    length, step = x.shape[1], _SEGMENT_CHUNKS * _CHUNK_SIZE
 
     def run(share: _Share) -> None:
         state, A_ = share.take_states(states), share.of_heads(A)
@@ -263,7 +263,7 @@ class _Chunks(NamedTuple):
         factors = [(L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()]
         gentle = spans <= _MAX_BITS
         order = spans.argsort()[int(gentle.sum()) :]
-        steep = order.split(_STEEP_HEADS.get(x.device.type, _STEEP_HEADS["cuda"])) if len(order) else ()
+        steep = order.split(_STEEP_HEADS) if len(order) else ()
         if steep:
             factors = [factor.masked_fill_(~gentle, 0) for factor in factors]
         u, v, enter, leave = (factor.to(dtype).unsqueeze(-1) for factor in factors)
@@ -499,7 +499,7 @@ def _passing_tokens(reads: Tensor, writes: Tensor, start: Tensor, end: Tensor) -
 def _shares(x: Tensor, B: Tensor) -> list[_Share]:
     batch, _, heads, _ = x.shape
     groups = B.shape[2]
-    in_group, limit = heads // groups, _MAX_HEADS.get(x.device.type, _MAX_HEADS["cuda"])
+    in_group, limit = heads // groups, _MAX_HEADS
     if _worth_threads(x):
         limit = min(limit, max(_MIN_HEADS, math.ceil(batch * heads / torch.get_num_threads())))
     size = math.ceil(in_group / math.ceil(in_group / limit))
