@@ -28,14 +28,18 @@ class MambaMiaCompressorOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_frames, num_anchors, output_size)`):
-            The anchors of every frame; zero for padding.
+            The tokens of every frame: its anchors, normed and projected; zero for padding. `None` with
+            `anchors_only=True`.
         frame_deltas (`torch.FloatTensor` of shape `(batch_size, num_frames)`, *optional*):
             Δ, the importance of every frame: the mean step size of the TAA's scan. Never negative, zero for padding.
             `None` without a temporal layer.
+        anchors (`torch.FloatTensor` of shape `(batch_size, num_frames, num_anchors, hidden_size)`):
+            The anchors before final norm and output projection; zero for padding.
     """
 
     last_hidden_state: Tensor | None = None
     frame_deltas: Tensor | None = None
+    anchors: Tensor | None = None
 
 
 class ScanState(NamedTuple):
@@ -510,19 +514,46 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, patch_features: Tensor, frame_mask: Tensor | None = None) -> MambaMiaCompressorOutput:
+    def forward(
+        self,
+        patch_features: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
+        anchors_only: bool = False,
+    ) -> MambaMiaCompressorOutput:
         """
         Args:
             patch_features (`torch.FloatTensor` of shape `(batch_size, num_frames, num_patches, input_size)`):
                 The vision tower's features of every frame, the patches of a frame in row-major order.
             frame_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
                 True for the frames of a video, False for padding. Every video gives what it gives alone.
+            anchors (`torch.FloatTensor` of shape `(..., hidden_size)`, *optional*):
+                In place of `patch_features`: anchors of an earlier call, some or all of them, to norm and project.
+            anchors_only (`bool`, defaults to `False`): whether to leave out final norm and output projection.
             return_dict (`bool`, *optional*):
                 False returns a tuple in place of a [`MambaMiaCompressorOutput`].
 
         Raises:
-            ValueError: if the shapes do not fit the configuration or each other, or a video has no frame.
+            ValueError: if the shapes do not fit the configuration or each other, a video has no frame, or not exactly
+                one of features and anchors is given.
         """
+        if (patch_features is None) == (anchors is None):
+            raise ValueError("Give patch_features, or anchors in their place.")
+        if patch_features is None:
+            return MambaMiaCompressorOutput(last_hidden_state=self.output_proj(self.norm(anchors)), anchors=anchors)
+        self._check_features(patch_features, frame_mask)
+        if frame_mask is None or bool(frame_mask.all()):
+            anchors, frame_deltas = self._compress(patch_features)
+        else:
+            anchors, frame_deltas = self._compress_masked(patch_features, frame_mask.bool())
+        tokens = None
+        if not anchors_only:
+            tokens = self.output_proj(self.norm(anchors))
+            if frame_mask is not None:
+                tokens = tokens.masked_fill(~frame_mask.bool()[:, :, None, None], 0.0)
+        return MambaMiaCompressorOutput(last_hidden_state=tokens, anchors=anchors, frame_deltas=frame_deltas)
+
+    def _check_features(self, patch_features: Tensor, frame_mask: Tensor | None) -> None:
         if patch_features.ndim != 4:
             raise ValueError(
                 f"patch_features must be (batch_size, num_frames, num_patches, input_size), not "
@@ -539,13 +570,9 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
                 f"frame_mask must be (batch_size, num_frames), {tuple(patch_features.shape[:2])} here, not "
                 f"{tuple(frame_mask.shape)}."
             )
-        if frame_mask is None or bool(frame_mask.all()):
-            anchors, frame_deltas = self._compress(patch_features)
-        else:
-            anchors, frame_deltas = self._compress_masked(patch_features, frame_mask.bool())
-        return MambaMiaCompressorOutput(last_hidden_state=anchors, frame_deltas=frame_deltas)
 
     def _compress(self, patch_features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The anchors, before final norm and output projection, and the Δ of videos without padding."""
         num_frames = patch_features.shape[1]
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it at least one frame.")
@@ -559,7 +586,7 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         frame_deltas = None
         for layer in self.temporal_layers:
             anchors, frame_deltas = layer(anchors)
-        return self.output_proj(self.norm(anchors)), frame_deltas
+        return anchors, frame_deltas
 
     def _needs_gradient(self, patch_features: Tensor) -> bool:
         learns = patch_features.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
