@@ -112,11 +112,13 @@ class Recorder(BaseStreamer):
 
 def test_video_features(model, video, kept):
     features = model.get_video_features(video)
-    assert features.last_hidden_state.shape == (1, LONG, NUM_ANCHORS, 32)
+    assert features.last_hidden_state.shape == (1, LONG, NUM_ANCHORS, 40)
     assert features.frame_deltas.shape == features.keep_mask.shape == (1, LONG)
     assert features.keep_mask.sum() == kept[0]
-    expected = features.last_hidden_state[0, features.keep_mask[0]].flatten(0, 1)
+    expected = model.model.project(features.last_hidden_state[0, features.keep_mask[0]]).flatten(0, 1)
     assert torch.equal(features.pooler_output[0], expected)
+    whole = model.model.compressor(model.model.encode_frames(video[0]).last_hidden_state[None]).last_hidden_state
+    torch.testing.assert_close(features.pooler_output[0], whole[features.keep_mask].flatten(0, 1))
 
 
 def test_an_image_is_a_video_of_one_frame(model, video):
@@ -519,8 +521,9 @@ def test_end_of_frame_vector(video):
     model = tiny_model(end_of_frame=True)
     ids = torch.tensor([[5, 6, *[VIDEO_TOKEN] * LONG * (NUM_ANCHORS + 1), 7, 8]])
     features = model.get_video_features(video)
-    assert features.last_hidden_state.shape == (1, LONG, NUM_ANCHORS + 1, 32)
-    assert (features.last_hidden_state[:, :, -1] == model.model.end_of_frame).all()
+    tokens = features.pooler_output[0].unflatten(0, (-1, NUM_ANCHORS + 1))
+    assert len(tokens) == features.keep_mask.sum()
+    assert (tokens[:, -1] == model.model.end_of_frame).all()
     output = model(ids, pixel_values_videos=video)
     assert not output.keep_mask.all()
     expected = text_model(model)(
@@ -629,7 +632,7 @@ def test_vision_feature_layer(model, video):
     tower = model.model.vision_tower
     for layer in (-1, -2, 0):
         hidden_states = tower(video[0], output_hidden_states=True).hidden_states[layer]
-        expected = model.model.compressor(hidden_states[None]).last_hidden_state
+        expected = model.model.compressor(hidden_states[None]).anchors
         features = model.get_video_features(video, vision_feature_layer=layer)
         torch.testing.assert_close(features.last_hidden_state, expected)
         assert features.hidden_states is None

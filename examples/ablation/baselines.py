@@ -52,29 +52,40 @@ class Baseline(MambaMiaCompressorPreTrainedModel):
         self.output_proj = nn.Linear(config.hidden_size, config.output_size)
 
     @can_return_tuple
-    def forward(self, patch_features: Tensor, frame_mask: Tensor | None = None) -> MambaMiaCompressorOutput:
+    def forward(
+        self,
+        patch_features: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
+        anchors_only: bool = False,
+    ) -> MambaMiaCompressorOutput:
         """Compresses videos, those of one length together, so that no padding reaches a video.
 
         Args:
             patch_features: `(batch_size, num_frames, num_patches, input_size)`.
             frame_mask: `(batch_size, num_frames)`, True for real frames, all of them by default.
+            anchors, anchors_only: as of MambaMia's compressor: final norm and projection are a step of their own.
 
         Raises:
             ValueError: if the patches are not a whole number of rows, or a video has no frame.
         """
+        if patch_features is None:
+            return MambaMiaCompressorOutput(last_hidden_state=self.output_proj(self.norm(anchors)), anchors=anchors)
         if frame_mask is None:
             frame_mask = patch_features.new_ones(patch_features.shape[:2], dtype=torch.bool)
         num_tokens = self.config.num_anchors(patch_features.shape[2])
-        tokens = patch_features.new_zeros(*frame_mask.shape, num_tokens, self.config.output_size)
+        anchors = patch_features.new_zeros(*frame_mask.shape, num_tokens, self.config.hidden_size)
         lengths = frame_mask.sum(dim=1)
         if not lengths.all():
             raise ValueError("The compressor got a video without frames; give it at least one frame.")
         for length in lengths.unique().tolist():
             places = frame_mask & (lengths == length)[:, None]
             videos = patch_features[places].unflatten(0, (-1, length))
-            compressed = self.output_proj(self.norm(self.mix(self.input_proj(videos))))
-            tokens[places] = compressed.flatten(0, 1).to(tokens)
-        return MambaMiaCompressorOutput(last_hidden_state=tokens)
+            anchors[places] = self.mix(self.input_proj(videos)).flatten(0, 1).to(anchors)
+        tokens = None
+        if not anchors_only:
+            tokens = self.output_proj(self.norm(anchors)) * frame_mask[:, :, None, None]
+        return MambaMiaCompressorOutput(last_hidden_state=tokens, anchors=anchors)
 
     def mix(self, patches: Tensor) -> Tensor:
         """`(batch, frames, patches, hidden_size)` to `(batch, frames, anchors, hidden_size)`."""

@@ -94,7 +94,7 @@ class Selection:
 
     def keep_mask(self, features: MambaMiaFeaturesOutput) -> Tensor:
         """The kept frames of videos without padding, `(num_videos, num_frames)`."""
-        num_videos, num_frames = features.last_hidden_state.shape[:2]
+        num_videos, num_frames = features.keep_mask.shape
         if self.name == "all":
             return torch.ones(num_videos, num_frames, dtype=torch.bool)
         if self.name == "uniform":  # the middle frames of equal stretches
@@ -211,8 +211,11 @@ def compress(
 
 
 def keep(features: MambaMiaFeaturesOutput, keep_mask: Tensor) -> MambaMiaFeaturesOutput:
-    """The features of the same videos with other frames kept."""
-    tokens = [video[kept].flatten(0, 1) for video, kept in zip(features.last_hidden_state, keep_mask, strict=True)]
+    """The features of videos of which every frame was kept, with fewer frames kept."""
+    tokens = [
+        video.unflatten(0, (len(kept), -1))[kept].flatten(0, 1)
+        for video, kept in zip(features.pooler_output, keep_mask, strict=True)
+    ]
     return replace(features, pooler_output=tokens, keep_mask=keep_mask)
 
 

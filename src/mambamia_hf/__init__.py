@@ -25,6 +25,7 @@ __all__ = [
     "MambaMiaModel",
     "MambaMiaProcessor",
     "MambaMiaVideoProcessor",
+    "VideoMemory",
     "select_frames",
 ]
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         MambaMiaModel,
         MambaMiaProcessor,
         MambaMiaVideoProcessor,
+        VideoMemory,
         select_frames,
     )
 else:  # a type checker would take any name for one that `__getattr__` knows

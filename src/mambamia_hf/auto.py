@@ -15,6 +15,7 @@ from .modeling_compressor import MambaMiaCompressor
 from .modeling_encoder import MambaMiaEncoder
 from .modeling_mambamia import MambaMiaForConditionalGeneration, MambaMiaModel
 from .processing_mambamia import MambaMiaProcessor
+from .video_memory import VideoMemory
 from .video_processing_mambamia import MambaMiaVideoProcessor
 
 
@@ -46,5 +47,6 @@ __all__ = [
     "MambaMiaModel",
     "MambaMiaProcessor",
     "MambaMiaVideoProcessor",
+    "VideoMemory",
     "select_frames",
 ]

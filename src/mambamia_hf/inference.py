@@ -3,24 +3,23 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub.utils import HFValidationError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers.image_utils import load_image
 
-from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
-from .inputs import check_checkpoint, check_part, check_video, frame_files
+from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor
+from .inputs import check_checkpoint, check_part, check_video
 from .modeling_encoder import MambaMiaFeaturesOutput
-from .video_decoding import FrameBatch, TimedVideoMetadata, VideoReader
+from .video_decoding import VideoReader
+from .video_sampling import FrameFolder, open_video, sample_part
 
 
 MAX_NEW_TOKENS = 256
@@ -194,11 +193,8 @@ def encode_video(
     watch = _Stopwatch(place)
     video_processor = processor.video_processor
     resize = partial(video_processor.resize, size=video_processor.size, resample=video_processor.resample)
-    if os.path.isdir(video):
-        reader: VideoReader | FrameFolder = FrameFolder(video, fps or video_processor.fps or 1.0)
-    else:
-        reader = VideoReader(video, seek_mode or video_processor.seek_mode)
-    indices = _sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
+    reader = open_video(video, video_processor, fps, seek_mode)
+    indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
     batch = reader.frames_at(indices, resize if video_processor.do_resize else None, progress)
     metadata = copy(reader.metadata)
     metadata.frames_indices = batch.indices
@@ -268,86 +264,6 @@ def ask(
     """
     with encode_video(checkpoint, video, **options) as encoded:
         return [encoded.ask(question, max_new_tokens) for question in questions]
-
-
-class FrameFolder:
-    """A folder of frames as images, asked for frames like a [`VideoReader`].
-
-    Args:
-        folder: with the images, in the order of the numbers in their names.
-        fps: frames per second.
-
-    Raises:
-        ValueError: if there are no images in the folder.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], fps: float):
-        self.folder, self.files = os.fspath(folder), frame_files(folder)
-        self.metadata = TimedVideoMetadata(
-            total_num_frames=len(self.files),
-            fps=fps,
-            duration=len(self.files) / fps,
-            frame_timestamps=np.arange(len(self.files)) / fps,
-        )
-
-    def close(self) -> None:
-        """Nothing is open between two calls."""
-
-    def frames_at(
-        self,
-        indices: Sequence[int] | np.ndarray,
-        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        progress: bool = False,
-    ) -> FrameBatch:
-        """As [`VideoReader.frames_at`]; `progress` shows nothing, as images are read at once.
-
-        Raises:
-            ValueError: if an image cannot be read, or their sizes differ.
-        """
-        frames, sizes = [], dict[tuple[int, int], str]()
-        for index in indices:
-            try:
-                image = load_image(str(self.files[index]))
-            except OSError as error:
-                raise ValueError(f"the frame '{self.files[index]}' cannot be read as an image ({error}).") from error
-            sizes.setdefault(image.size, self.files[index].name)
-            frame = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            frames.append(frame if transform is None else transform(frame))
-        if len(sizes) > 1:
-            named = ", ".join(f"{name} of {width} x {height}" for (width, height), name in list(sizes.items())[:2])
-            raise ValueError(
-                f"the images in '{self.folder}' differ in size ({named}) and so are no frames of one video."
-            )
-        self.metadata.width, self.metadata.height = next(iter(sizes))
-        numbers = [int(index) for index in indices]
-        return FrameBatch(torch.stack(frames), numbers, self.metadata.frame_timestamps[numbers].tolist())
-
-
-def _sample_part(
-    video_processor: MambaMiaVideoProcessor,
-    num_frames: int | None,
-    fps: float | None,
-    start: float,
-    end: float | None,
-    metadata: TimedVideoMetadata,
-) -> np.ndarray:
-    """The frames that the video processor samples between two times, the frame on display at `start` included."""
-    duration = float(metadata.duration or 0)
-    stop = duration if end is None else min(end, duration)
-    if start >= stop:
-        raise ValueError(f"the video ends after {duration:g} seconds; start before that, not at {start:g}.")
-    times = metadata.frame_timestamps
-    first = max(int(np.searchsorted(times, start + 1e-3, side="right")) - 1, 0)
-    times = times[first : np.searchsorted(times, stop, side="left")]
-    part = TimedVideoMetadata(
-        total_num_frames=len(times),
-        fps=len(times) / (stop - start),
-        duration=stop - start,
-        frame_timestamps=times - start,
-    )
-    if num_frames is not None:
-        num_frames = min(num_frames, len(times))
-    return first + video_processor.sample_frames(part, num_frames=num_frames, fps=fps)
 
 
 def _load_processor(checkpoint: str) -> MambaMiaProcessor:
@@ -459,4 +375,4 @@ def _vision_progress(model: MambaMiaForConditionalGeneration, num_frames: int, p
             handle.remove()
 
 
-__all__ = ["Answer", "EncodedVideo", "FrameFolder", "ask", "encode_video"]
+__all__ = ["Answer", "EncodedVideo", "ask", "encode_video"]

@@ -1,12 +1,17 @@
 """The encoder: vision tower, compressor and frame selection; from pixels to the tokens of the kept frames."""
 
+import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
@@ -17,6 +22,7 @@ from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget, select_frames
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
+from .video_memory import VideoMemory, describe_images, encoder_fingerprint
 
 
 # Seconds `(num_videos, num_frames)`; numbers in lists keep their precision where tensors are cast to the model's type.
@@ -47,12 +53,13 @@ class MambaMiaPatchFeaturesOutput(BaseModelOutput):
 class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
     """
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(num_videos, num_frames, tokens_per_frame, hidden_size)`):
-            The anchors of every frame, as wide as the language model, and the end-of-frame vector if there is one;
-            zero where `frame_mask` is False.
+        last_hidden_state (`torch.FloatTensor` of shape `(num_videos, num_frames, num_anchors, hidden_size)`):
+            The anchors of every frame, as wide as the compressor, before its final norm and output projection; zero
+            where `frame_mask` is False. None where videos are memories, which have them.
         pooler_output (`list[torch.FloatTensor]` of shape `(num_kept_frames * placeholders_per_frame, hidden_size)`):
-            The tokens of the kept frames of each video, each frame after its time where the model writes times: what
-            the language model reads.
+            The tokens of the kept frames of each video: what the language model reads. These are of each frame its
+            time where the model writes times, its anchors, normed and projected, and the end-of-frame vector if there
+            is one.
         hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
             Of each layer of the vision tower, for the frames of all videos in turn, without padding; with
             `output_hidden_states=True` or `output_attentions=True`.
@@ -190,27 +197,134 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         return frames, {"interpolate_pos_encoding": True}
 
     def compress(self, patch_features: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The tokens and the Δ of frames.
+        """The anchors and the Δ of frames.
 
         Args:
             patch_features: `(num_videos, num_frames, num_patches, vision_size)`, on any device.
             frame_mask: `(num_videos, num_frames)`, True for real frames.
 
         Returns:
-            Tokens `(num_videos, num_frames, tokens_per_frame, hidden_size)`, and Δ `(num_videos, num_frames)` or None
-            without a temporal layer.
+            Anchors before final norm and output projection `(num_videos, num_frames, num_anchors, hidden_size)`, and Δ
+            `(num_videos, num_frames)` or None without a temporal layer.
         """
-        compressor = self.compressor
-        patch_features = patch_features.to(compressor.dtype)
-        if compressor.device.type != "meta":  # the hooks of an offloaded compressor move the features
-            patch_features = patch_features.to(compressor.device)
+        patch_features = self._for_compressor(patch_features)
         frame_mask = None if frame_mask is None else frame_mask.to(patch_features.device)
-        compressed = compressor(patch_features, frame_mask=frame_mask, return_dict=True)
-        tokens = compressed.last_hidden_state
+        compressed = self.compressor(patch_features, frame_mask=frame_mask, anchors_only=True, return_dict=True)
+        return compressed.anchors, compressed.frame_deltas
+
+    def project(self, anchors: Tensor) -> Tensor:
+        """The tokens of frames.
+
+        Args:
+            anchors: `(num_frames, num_anchors, hidden_size)`, as of `compress`, on any device.
+
+        Returns:
+            `(num_frames, tokens_per_frame, text_hidden_size)`.
+        """
+        tokens = self.compressor(anchors=self._for_compressor(anchors), return_dict=True).last_hidden_state
         if self.end_of_frame is not None:
-            end_of_frame = self.end_of_frame.to(tokens).expand(*tokens.shape[:2], 1, -1)
-            tokens = torch.cat([tokens, end_of_frame], dim=2)
-        return tokens, compressed.frame_deltas
+            tokens = torch.cat([tokens, self.end_of_frame.to(tokens).expand(len(tokens), 1, -1)], dim=1)
+        return tokens
+
+    def _for_compressor(self, tensor: Tensor) -> Tensor:
+        """In the compressor's type and on its device; the hooks of an offloaded compressor move it themselves."""
+        compressor = self.compressor
+        tensor = tensor.to(compressor.dtype)
+        return tensor if compressor.device.type == "meta" else tensor.to(compressor.device)
+
+    @torch.no_grad()
+    def encode_video(
+        self,
+        video: str | os.PathLike[str] | Mapping[str, Any],
+        processor: Any = None,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float = 0.0,
+        end: float | None = None,
+        seek_mode: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> VideoMemory:
+        """Looks at a video once, for any number of questions.
+
+        Args:
+            video: path or URL of a video file, a folder of its frames as images in the order of their names, or what
+                the processor returned for one video; of frames without times, with `return_metadata=True`.
+            processor ([`MambaMiaProcessor`], *optional*): needed for a path or URL.
+            num_frames: how many frames to sample, at most all; by default as the video processor samples.
+            fps: how many frames to sample per second. The frames of a folder count as so many per second.
+            start, end: sample between these seconds only.
+            seek_mode: "exact" or "keyframe", see [`VideoReader`]; by default as the video processor says.
+            progress: called with how many frames have gone through the vision tower, and how many there are.
+
+        Raises:
+            FileNotFoundError: if there is nothing at the path.
+            ValueError: for a video or a setting that cannot be used, or a model in training mode.
+        """
+        if self.training:
+            raise ValueError("A model in training mode remembers with dropout; call `model.eval()` before.")
+        if isinstance(video, Mapping):
+            return self._remember_inputs(video, processor, progress)
+        if processor is None:
+            raise ValueError(f"Pass the processor, too, for the video '{os.fspath(video)}'.")
+        from .video_sampling import open_video, sample_part  # needs PyAV, as nothing else of a model does
+
+        video_processor = processor.video_processor
+        resize = partial(video_processor.resize, size=video_processor.size, resample=video_processor.resample)
+        with closing(open_video(video, video_processor, fps, seek_mode)) as reader:
+            indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
+            batch = reader.frames_at(indices, resize if video_processor.do_resize else None)
+        pixels = video_processor([batch.data], do_sample_frames=False, do_resize=False, return_tensors="pt")
+        sampling = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "seek_mode": seek_mode}
+        about = reader.metadata
+        return self._remember(
+            pixels["pixel_values_videos"][0],
+            [round(time, 6) for time in batch.timestamps],  # no container knows them better
+            {"images": describe_images(video_processor), "sampling": json.dumps(sampling)},
+            progress,
+            name=os.fspath(video),
+            width=about.width,
+            height=about.height,
+            duration=float(about.duration),
+        )
+
+    def _remember_inputs(
+        self, inputs: Mapping[str, Any], processor: Any, progress: Callable[[int, int], None] | None
+    ) -> VideoMemory:
+        pixels, times = inputs.get("pixel_values_videos"), inputs.get("video_timestamps")
+        if pixels is None or len(pixels) != 1:
+            raise ValueError(
+                f"encode_video takes what the processor returned for one video, not for "
+                f"{0 if pixels is None else len(pixels)}; call it once for each."
+            )
+        if times is None:
+            raise ValueError(
+                "The times of the frames are missing; have the processor make them: pass a file, or `video_metadata` "
+                "with `fps` or `timestamps`."
+            )
+        mask = real_frames(inputs.get("frame_mask"), pixels, None)[0]
+        parts = {} if processor is None else {"images": describe_images(processor.video_processor)}
+        times = torch.as_tensor(times[0], dtype=torch.float64)[mask.cpu()].tolist()
+        return self._remember(pixels[0][mask.to(pixels.device)], times, parts, progress)
+
+    def _remember(
+        self,
+        frames: Tensor,
+        timestamps: list[float],
+        parts: dict[str, str],
+        progress: Callable[[int, int], None] | None,
+        **about: Any,
+    ) -> VideoMemory:
+        """The memory of frames `(num_frames, channels, height, width)`; `parts` of its fingerprint that the model does
+        not tell."""
+        features = []
+        for start in range(0, len(frames), self.config.vision_batch_size):
+            features.append(self.encode_frames(frames[start : start + self.config.vision_batch_size]))
+            if progress is not None:
+                progress(min(start + self.config.vision_batch_size, len(frames)), len(frames))
+        anchors, deltas = self.compress(torch.cat([part.last_hidden_state for part in features])[None])
+        deltas = None if deltas is None else deltas[0].float()
+        return VideoMemory(anchors[0], deltas, timestamps, {**encoder_fingerprint(self), **parts}, **about)
 
     @can_return_tuple
     @accepts_precomputed_kwargs("image")
@@ -238,11 +352,11 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         encoded = MambaMiaPatchFeaturesOutput(last_hidden_state=images)
         if patch_features is None:
             encoded = self.encode_frames(images, vision_feature_layer, vision_batch_size, **kwargs)
-        tokens, deltas = self.compress(encoded.last_hidden_state.unsqueeze(1))
-        all_frames = torch.ones_like(tokens[:, :, 0, 0], dtype=torch.bool)
+        anchors, deltas = self.compress(encoded.last_hidden_state.unsqueeze(1))
+        all_frames = torch.ones_like(anchors[:, :, 0, 0], dtype=torch.bool)
         return MambaMiaFeaturesOutput(
-            last_hidden_state=tokens,
-            pooler_output=list(tokens.flatten(1, 2)),
+            last_hidden_state=anchors,
+            pooler_output=list(self.project(anchors.squeeze(1))),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             frame_deltas=deltas,
@@ -265,6 +379,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         vision_batch_size: int | None = None,
         patch_features_videos: Tensor | None = None,
         video_timestamps: Timestamps | None = None,
+        video_memories: Sequence[VideoMemory | None] | None = None,
         **kwargs: Any,
     ) -> MambaMiaFeaturesOutput | tuple:
         """The tokens of videos, the importance of their frames, and which frames are kept.
@@ -285,15 +400,18 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 Result of `encode_frames` for the frames, of any floating type, in place of `pixel_values_videos`.
             video_timestamps (`torch.DoubleTensor` of shape `(num_videos, num_frames)`, *optional*):
                 Times in seconds, as the processor returns them, or a list of numbers for each video; a model with a
-                `frame_time_format` needs them, and any other ignores them.
+                `frame_time_format` needs them, and any other ignores them. Memories have their own.
+            video_memories (`list[VideoMemory | None]`, *optional*):
+                For each video its memory, or None for the next of the videos in pixels or features. Budgets and times
+                are given for all videos, `frame_mask` for those in pixels or features.
             kwargs: further arguments of the vision tower, such as `output_hidden_states`.
 
         Raises:
-            ValueError: unless exactly one of pixels and features is given, in its shape; for a budget or a threshold
-                that is out of range, that nothing uses, or that lacks a Δ; without the times that the model writes.
+            ValueError: unless every video is given once, in pixels, features or a memory of this model; for a budget
+                or a threshold that is out of range, that nothing uses, or that lacks a Δ; without the times that the
+                model writes.
         """
-        frame_mask = real_frames(frame_mask, pixel_values_videos, patch_features_videos)
-        num_frames = frame_mask.sum(dim=1).tolist()
+        num_frames = video_lengths(frame_mask, pixel_values_videos, patch_features_videos, video_memories)
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
         if delta_threshold is not None:  # a budget of every frame leaves it room
             budgets = [0 if k == n else k for k, n in zip(budgets, num_frames, strict=True)]
@@ -304,29 +422,38 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 f"(keep_ratio=1.0)."
             )
         encoded = MambaMiaPatchFeaturesOutput()
-        if patch_features_videos is None:
-            assert pixel_values_videos is not None  # one of both, `real_frames` has checked
-            encoded, patch_features_videos = self._encode_videos(
-                pixel_values_videos,
-                frame_mask,
-                vision_feature_layer=vision_feature_layer,
-                vision_batch_size=vision_batch_size,
-                **kwargs,
-            )
-        tokens, deltas = self.compress(patch_features_videos, frame_mask)
-        frame_mask = frame_mask.to(tokens.device)
-        keep_mask = self._select_frames(deltas, frame_mask, budgets, delta_threshold, delta_min_frames)
-        kept_frames = [video[kept] for video, kept in zip(tokens, keep_mask, strict=True)]
+        others: _Videos | None = None
+        if pixel_values_videos is not None or patch_features_videos is not None:
+            frame_mask = real_frames(frame_mask, pixel_values_videos, patch_features_videos)
+            if pixel_values_videos is not None:
+                vision = {"vision_feature_layer": vision_feature_layer, "vision_batch_size": vision_batch_size}
+                encoded = self._encode_videos(pixel_values_videos, frame_mask, **vision, **kwargs)
+                patch_features_videos = encoded.last_hidden_state
+            assert patch_features_videos is not None
+            anchors, deltas = self.compress(patch_features_videos, frame_mask)
+            others = _Videos(anchors, deltas, frame_mask.to(anchors.device))
+        if video_memories is None:
+            assert others is not None  # `video_lengths` has raised otherwise
+            videos = others
+        else:
+            videos = self._with_memories(video_memories, others)
+            video_timestamps = _times_of(video_memories, video_timestamps)
+            budgets = [
+                len(memory) if memory is not None and memory.is_selected else budget
+                for memory, budget in zip(video_memories, budgets, strict=True)
+            ]
+        keep_mask = self._select_frames(videos.deltas, videos.frame_mask, budgets, delta_threshold, delta_min_frames)
+        kept_frames = self._project_kept(videos.anchors, keep_mask)
         return MambaMiaFeaturesOutput(
-            last_hidden_state=tokens,
+            last_hidden_state=videos.anchors if isinstance(videos.anchors, Tensor) else None,  # type: ignore[arg-type]
             pooler_output=[
                 frames.flatten(0, 1) for frames in self.with_times(kept_frames, keep_mask, video_timestamps)
             ],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            frame_deltas=deltas,
+            frame_deltas=videos.deltas,
             keep_mask=keep_mask,
-            frame_mask=frame_mask,
+            frame_mask=videos.frame_mask,
         )
 
     def with_times(
@@ -346,8 +473,8 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
 
     def _encode_videos(
         self, pixel_values_videos: Tensor, frame_mask: Tensor, **kwargs: Any
-    ) -> tuple[MambaMiaPatchFeaturesOutput, Tensor]:
-        """What `encode_frames` gives for the real frames, and the features in the shape of the padded videos."""
+    ) -> MambaMiaPatchFeaturesOutput:
+        """What `encode_frames` gives for the real frames; the features in the shape of the padded videos."""
         is_padded = not bool(frame_mask.all())
         frames = pixel_values_videos.flatten(0, 1)
         if is_padded:
@@ -358,7 +485,37 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             padded = features.new_zeros(frame_mask.numel(), *features.shape[1:])
             places = frame_mask.flatten().nonzero().squeeze(1).to(padded.device)
             features = padded.index_put((places,), features)
-        return encoded, features.unflatten(0, frame_mask.shape)
+        encoded.last_hidden_state = features.unflatten(0, frame_mask.shape)
+        return encoded
+
+    def _with_memories(self, memories: Sequence[VideoMemory | None], others: "_Videos | None") -> "_Videos":
+        """Videos of which some are memories, of this model, and the others come where None is."""
+        fingerprint = encoder_fingerprint(self)
+        for memory in {id(memory): memory for memory in memories}.values():
+            if memory is not None:
+                memory.check(fingerprint)
+        rest = iter([] if others is None else others.one_by_one())
+        videos = [next(rest) if memory is None else _Videos.of(memory) for memory in memories]
+        device = videos[0].frame_mask.device if others is None else others.frame_mask.device
+        deltas = [video.deltas[0].to(device) for video in videos if video.deltas is not None]
+        return _Videos(
+            [video.anchors[0] for video in videos],
+            pad_sequence(deltas, batch_first=True) if deltas else None,
+            pad_sequence([video.frame_mask[0].to(device) for video in videos], batch_first=True),
+        )
+
+    def _project_kept(self, videos: Iterable[Tensor], keep_mask: Tensor) -> list[Tensor]:
+        """The tokens `(num_kept_frames, tokens_per_frame, text_hidden_size)` of the kept frames of each video.
+
+        Args:
+            videos: for each, the anchors of its frames `(num_frames, num_anchors, hidden_size)`, padding behind them.
+            keep_mask: `(num_videos, longest video)`.
+        """
+        kept = [
+            self._for_compressor(frames[keep[: len(frames)].to(frames.device)])
+            for frames, keep in zip(videos, keep_mask, strict=True)
+        ]
+        return list(self.project(torch.cat(kept)).split([len(frames) for frames in kept]))
 
     def _select_frames(
         self,
@@ -398,6 +555,25 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             delta_threshold = config.delta_threshold
         min_frames = config.delta_min_frames if delta_min_frames is None else delta_min_frames
         return {} if not delta_threshold or num_frames <= min_frames else {"threshold": delta_threshold}
+
+
+class _Videos(NamedTuple):
+    """What the compressor gave for videos, now or when they became memories."""
+
+    anchors: Tensor | list[Tensor]  # of each video (num_frames, num_anchors, hidden_size), any padding behind them
+    deltas: Tensor | None  # (num_videos, num_frames)
+    frame_mask: Tensor  # (num_videos, num_frames)
+
+    @classmethod
+    def of(cls, memory: VideoMemory) -> "_Videos":
+        deltas = None if memory.frame_deltas is None else memory.frame_deltas[None]
+        mask = torch.ones(1, len(memory), dtype=torch.bool, device=memory.anchors.device)
+        return cls([memory.anchors], deltas, mask)
+
+    def one_by_one(self) -> "list[_Videos]":
+        deltas = [None] * len(self.anchors) if self.deltas is None else list(self.deltas.split(1))
+        masks = self.frame_mask.split(1)
+        return [_Videos([video], *about) for video, *about in zip(self.anchors, deltas, masks, strict=True)]
 
 
 class MambaMiaEncoder(MambaMiaEncoderBase):
@@ -450,6 +626,37 @@ def real_frames(
             f"{tuple(frame_mask.shape)}."
         )
     return frame_mask.bool()
+
+
+def video_lengths(
+    frame_mask: Tensor | None,
+    pixel_values_videos: Tensor | None,
+    patch_features_videos: Tensor | None,
+    video_memories: Sequence[VideoMemory | None] | None,
+) -> list[int]:
+    """The number of frames of each video, those that are memories among them."""
+    others: list[int] = []
+    if video_memories is None or pixel_values_videos is not None or patch_features_videos is not None:
+        others = real_frames(frame_mask, pixel_values_videos, patch_features_videos).sum(dim=1).tolist()
+    if video_memories is None:
+        return others
+    strange = [type(memory).__name__ for memory in video_memories if not isinstance(memory, VideoMemory | None)]
+    if strange:
+        raise ValueError(f"video_memories holds a {strange[0]}; give a VideoMemory or None for each video.")
+    missing = sum(memory is None for memory in video_memories)
+    if missing != len(others):
+        raise ValueError(
+            f"{missing} of {len(video_memories)} videos are None in video_memories, and pixels or features hold "
+            f"{len(others)}; give each video once."
+        )
+    lengths = iter(others)
+    return [next(lengths) if memory is None else len(memory) for memory in video_memories]
+
+
+def _times_of(memories: Sequence[VideoMemory | None], video_timestamps: Timestamps | None) -> Timestamps | None:
+    """The times of videos: those given, or where all videos are memories, theirs."""
+    times = [memory.timestamps for memory in memories if memory is not None]
+    return times if video_timestamps is None and len(times) == len(memories) else video_timestamps
 
 
 def frame_budgets(

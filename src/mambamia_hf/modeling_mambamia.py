@@ -3,7 +3,7 @@
 import inspect
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from .modeling_encoder import (
     MambaMiaPreTrainedModel,
     Timestamps,
     frame_budgets,
-    real_frames,
+    video_lengths,
 )
 from .prompt_tokens import (
     DroppedTokens,
@@ -49,6 +49,7 @@ from .prompt_tokens import (
 )
 from .tokenization_mambamia import load_tokenizer
 from .versions import CACHE_NAME, take_cache
+from .video_memory import VideoMemory
 
 
 class _MediaProperties:
@@ -252,7 +253,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
             outputs["image"] = self.get_image_features(
                 pixel_values, patch_features=patch_features, return_dict=True, **vision
             )
-        if any(videos.get(name) is not None for name in ("pixel_values_videos", "patch_features_videos")):
+        if any(videos.get(name) is not None for name in _VIDEOS):
             outputs["video"] = self._encode_videos_of_prompt(video_places.squeeze(-1), **videos, **vision)
         if inputs_embeds is None:
             assert input_ids is not None
@@ -303,17 +304,35 @@ class MambaMiaModel(MambaMiaEncoderBase):
             video_places: `(batch_size, sequence_length)`, True where the video tokens stand.
             num_kept_frames, keep_frames, keep_ratio, videos: arguments of `get_video_features`.
         """
-        pixels: Any = videos.get("pixel_values_videos")
-        features: Any = videos.get("patch_features_videos")
-        num_frames = real_frames(videos.get("frame_mask"), pixels, features).sum(dim=1).tolist()
-        if pixels is not None:
-            tokens_per_frame = self.config.tokens_per_frame(*pixels.shape[-2:])
-        else:
-            tokens_per_frame = self.config.compressor_config.num_anchors(features.shape[2]) + self.config.end_of_frame
+        num_frames = video_lengths(videos.get("frame_mask"), *(videos.get(name) for name in _VIDEOS))
+        tokens_per_frame = self._tokens_per_frame(*(videos.get(name) for name in _VIDEOS))
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
         placeholders_per_frame = self.config.frame_time_width + tokens_per_frame
         budgets = resolve_budgets(video_places, num_frames, placeholders_per_frame, budgets)
         return self.get_video_features(num_kept_frames=torch.tensor(budgets), return_dict=True, **videos)
+
+    def _tokens_per_frame(
+        self,
+        pixel_values_videos: Tensor | None,
+        patch_features_videos: Tensor | None,
+        video_memories: Sequence[VideoMemory | None] | None,
+    ) -> int:
+        """Tokens per frame of the videos of a prompt, which have to agree.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        num_anchors = {memory.anchors.shape[1] for memory in video_memories or () if memory is not None}
+        if pixel_values_videos is not None:
+            num_anchors.add(self.config.tokens_per_frame(*pixel_values_videos.shape[-2:]) - self.config.end_of_frame)
+        if patch_features_videos is not None:
+            num_anchors.add(self.config.compressor_config.num_anchors(patch_features_videos.shape[2]))
+        if len(num_anchors) > 1:
+            raise ValueError(
+                f"The videos of a prompt have {' and '.join(map(str, sorted(num_anchors)))} anchors per frame; make "
+                f"their frames of one size."
+            )
+        return num_anchors.pop() + self.config.end_of_frame
 
     def _token_indices(
         self, video_places: Tensor, attention_mask: Tensor | None, videos: MambaMiaFeaturesOutput | None
@@ -321,16 +340,16 @@ class MambaMiaModel(MambaMiaEncoderBase):
         """The positions `(batch_size, kept_length)` of the tokens that stay; None where all do."""
         if videos is None or videos.keep_mask is None:  # tokens without a mask are those of the places that are left
             return None
-        placeholders_per_frame = self.config.frame_time_width + videos.last_hidden_state.shape[2]
-        keep = tokens_to_keep(video_places, videos.keep_mask, videos.frame_mask, placeholders_per_frame)
+        num_tokens = len(videos.pooler_output[0]) // int(videos.keep_mask[0].sum())
+        keep = tokens_to_keep(video_places, videos.keep_mask, videos.frame_mask, num_tokens)
         return None if keep.all() else kept_indices(keep, attention_mask)
 
     def _zero_of_compressor(self) -> Tensor:
         """Zero, with a gradient of zero for the compressor: processes that train together need a gradient from each,
         also from one with a batch of text alone."""
         config = self.config.compressor_config
-        tokens, _ = self.compress(torch.zeros(1, 1, config.patches_per_anchor, config.input_size))
-        return 0.0 * tokens.sum()
+        anchors, _ = self.compress(torch.zeros(1, 1, config.patches_per_anchor, config.input_size))
+        return 0.0 * self.project(anchors[0]).sum()
 
     @can_return_tuple
     def forward(
@@ -352,6 +371,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
         patch_features: Tensor | None = None,
         patch_features_videos: Tensor | None = None,
         video_timestamps: Timestamps | None = None,
+        video_memories: Sequence[VideoMemory | None] | None = None,
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
@@ -364,6 +384,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
                 The prompt, with one placeholder per token of its images and videos; see `embed_multimodal`.
             pixel_values, patch_features: the images, in order; see `get_image_features`.
             pixel_values_videos, patch_features_videos, frame_mask, video_timestamps: the videos, in order; see
+            pixel_values_videos, patch_features_videos, frame_mask, video_memories: the videos, in order; see
                 `get_video_features`.
             num_kept_frames, keep_frames, keep_ratio, delta_threshold, delta_min_frames: the selection of their frames;
                 see `get_video_features`.
@@ -396,6 +417,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
             patch_features=patch_features,
             pixel_values_videos=pixel_values_videos,
             patch_features_videos=patch_features_videos,
+            video_memories=video_memories,
             frame_mask=frame_mask,
             num_kept_frames=num_kept_frames,
             keep_frames=keep_frames,
@@ -555,6 +577,12 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         """See [`MambaMiaEncoderBase.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)
 
+    def encode_video(
+        self, video: str | os.PathLike[str] | Mapping[str, Any], processor: Any = None, **kwargs: Any
+    ) -> VideoMemory:
+        """See [`MambaMiaEncoderBase.encode_video`]."""
+        return self.model.encode_video(video, processor, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -577,6 +605,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         patch_features: Tensor | None = None,
         patch_features_videos: Tensor | None = None,
         video_timestamps: Timestamps | None = None,
+        video_memories: Sequence[VideoMemory | None] | None = None,
         mm_encoder_outputs: dict[str, MambaMiaFeaturesOutput] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
@@ -609,6 +638,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             patch_features=patch_features,
             patch_features_videos=patch_features_videos,
             video_timestamps=video_timestamps,
+            video_memories=video_memories,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
@@ -799,7 +829,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
 
 # Arguments of `generate` that `embed_multimodal` takes; the first of them are media.
-_MEDIA = ("pixel_values", "patch_features", "pixel_values_videos", "patch_features_videos", "mm_encoder_outputs")
+_VIDEOS = ("pixel_values_videos", "patch_features_videos", "video_memories")
+_MEDIA = ("pixel_values", "patch_features", *_VIDEOS, "mm_encoder_outputs")
 _MEDIA_ARGUMENTS = (
     *_MEDIA,
     "frame_mask",

@@ -2,10 +2,12 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
@@ -16,6 +18,7 @@ from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
 from .frame_times import format_time, time_width
 from .tokenization_mambamia import load_tokenizer
+from .video_memory import VideoMemory
 from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs, TimedBatch
 
 
@@ -45,6 +48,8 @@ class MambaMiaProcessor(ProcessorMixin):
     Joins an image processor, a tokenizer and a video processor, and replaces the one placeholder of each video and
     image in a text by as many as there will be tokens: `tokens_per_frame` for an image or a frame of a video.
 
+    A video may be a [`VideoMemory`], which takes the place of its frames.
+
     With `keep_frames` or `keep_ratio` there are placeholders for so many frames of each video only, and the model
     keeps exactly so many, the most important ones.
 
@@ -68,6 +73,7 @@ class MambaMiaProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = MambaMiaProcessorKwargs  # type: ignore[assignment]  # as in Transformers' own processors
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "video_memories"]
 
     def __init__(
         self,
@@ -196,19 +202,43 @@ class MambaMiaProcessor(ProcessorMixin):
     def _process_videos(  # type: ignore[override]  # Transformers passes the options by name
         self, videos: Sequence[Any], keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
-        processed = self.video_processor(videos, **kwargs)
+        memories = [video if isinstance(video, VideoMemory) else None for video in videos]
+        processed = self._process_frames(videos, memories, **kwargs)
         for times in processed.get("video_timestamps", [None]):
             self.check_times(times)
         budget = self._budget(keep_frames, keep_ratio)
         has_budget = any(value is not None for value in budget)
-        num_frames = [int(mask.sum()) for mask in processed["frame_mask"]]
-        kept = [frame_budget(count, *budget) if has_budget else 0 for count in num_frames]
+        kept = []
+        for num_frames, memory in zip(_numbers_of_frames(processed), memories, strict=True):
+            is_selected = memory is not None and memory.is_selected
+            kept.append(num_frames if is_selected else frame_budget(num_frames, *budget) if has_budget else 0)
         processed.update(BatchFeature({"num_kept_frames": kept}, tensor_type=kwargs.get("return_tensors")))
         replacements = [
-            self.replace_video_token(processed, video_idx, keep_frames=keep_frames, keep_ratio=keep_ratio)
+            self.replace_video_token(cast(dict, processed), video_idx, keep_frames=keep_frames, keep_ratio=keep_ratio)
             for video_idx in range(len(videos))
         ]
         return processed, replacements
+
+    def _process_frames(
+        self, videos: Sequence[Any], memories: list[VideoMemory | None], video_metadata: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """What the video processor returns for videos that are no memories, and the memories."""
+        if all(memory is None for memory in memories):
+            return self.video_processor(videos, video_metadata=video_metadata, **kwargs)
+        others = [video for video, memory in zip(videos, memories, strict=True) if memory is None]
+        if isinstance(video_metadata, list | tuple) and len(video_metadata) == len(videos):
+            video_metadata = [about for about, memory in zip(video_metadata, memories, strict=True) if memory is None]
+        processed = BatchFeature()
+        if others:
+            processed = self.video_processor(others, video_metadata=video_metadata, **kwargs)
+        rest = list(processed.get("video_timestamps", ()))
+        if len(rest) == len(others):  # the times of all videos are known
+            times = [memory.timestamps if memory is not None else rest.pop(0) for memory in memories]
+            padded = pad_sequence([torch.as_tensor(row, dtype=torch.float64) for row in times], batch_first=True)
+            timestamps = BatchFeature({"video_timestamps": padded}, tensor_type=kwargs.get("return_tensors"))
+            processed.update(timestamps)
+        processed["video_memories"] = memories
+        return processed
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.tokens_per_frame
@@ -221,7 +251,10 @@ class MambaMiaProcessor(ProcessorMixin):
         keep_ratio: float | None = None,
         **kwargs: Any,
     ) -> str:
-        num_frames = int(video_inputs["frame_mask"][video_idx].sum())
+        memory = video_inputs["video_memories"][video_idx] if "video_memories" in video_inputs else None
+        if memory is not None and memory.is_selected:
+            keep_frames, keep_ratio = None, 1.0
+        num_frames = _numbers_of_frames(video_inputs)[video_idx]
         return self.video_token * self.num_video_tokens(num_frames, keep_frames, keep_ratio)
 
     def num_video_tokens(
@@ -277,6 +310,15 @@ class MambaMiaProcessor(ProcessorMixin):
         if video_sizes is not None:
             data["num_video_tokens"] = [self.num_video_tokens(num_frames, *budget) for num_frames, _, _ in video_sizes]
         return MultiModalData(**data)
+
+
+def _numbers_of_frames(video_inputs: Mapping[str, Any]) -> list[int]:
+    """How many frames each of the processed videos has."""
+    others = [int(mask.sum()) for mask in video_inputs.get("frame_mask", ())]
+    if "video_memories" not in video_inputs:
+        return others
+    rest = iter(others)
+    return [next(rest) if memory is None else len(memory) for memory in video_inputs["video_memories"]]
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int | None:

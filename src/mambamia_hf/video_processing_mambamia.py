@@ -30,6 +30,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_f
 from .frame_times import check_times
 from .video_decoding import decode_video
 from .video_index import TimedVideoMetadata
+from .video_memory import VideoMemory
 from .video_sources import VideoSource
 from .video_times import typical_step
 
@@ -240,10 +241,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             batch.update(BatchFeature({"video_timestamps": padded}, tensor_type=options.get("return_tensors")))
         return batch
 
-    def make_video_list(self, videos: VideoInput) -> list[VideoSource | np.ndarray | torch.Tensor]:
+    def make_video_list(self, videos: VideoInput) -> list[VideoSource | np.ndarray | torch.Tensor | VideoMemory]:
         """
         Flattens the ways of passing videos into one list with one entry per video: a path, URL, bytes or open file,
-        or an array or tensor of 4 dimensions.
+        an array or tensor of 4 dimensions, or a memory.
 
         A list of paths or URLs is a list of videos. Where they are nested as deeply as a chat nests them, conversation
         by conversation and video by video, they are the images that are the frames of one video.
@@ -253,10 +254,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         """
         return self._flatten_videos(videos, depth=0)
 
-    def _flatten_videos(self, item: Any, depth: int) -> list[VideoSource | np.ndarray | torch.Tensor]:
+    def _flatten_videos(self, item: Any, depth: int) -> list[VideoSource | np.ndarray | torch.Tensor | VideoMemory]:
         if isinstance(item, str | os.PathLike):
             return [os.fspath(item)]
-        if isinstance(item, bytes) or hasattr(item, "read"):
+        if isinstance(item, bytes | VideoMemory) or hasattr(item, "read"):
             return [item]
         if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 5:
             return list(item)

@@ -47,7 +47,7 @@ def test_right_is_what_generate_says(selection):
 
 def test_selections():
     encoded = MambaMiaFeaturesOutput(
-        last_hidden_state=torch.zeros(2, 8, 1, 4), frame_deltas=torch.tensor([[0.1] * 8, [0.0] * 6 + [1.0] * 2])
+        keep_mask=torch.ones(2, 8, dtype=torch.bool), frame_deltas=torch.tensor([[0.1] * 8, [0.0] * 6 + [1.0] * 2])
     )
     assert Selection("all", 1.0).keep_mask(encoded).all()
     uniform = Selection("uniform", 0.5).keep_mask(encoded)
