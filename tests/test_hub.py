@@ -71,7 +71,7 @@ def run_stranger(code: str, tmp_path: Path, *arguments: Path):
 
 def test_checkpoint_carries_its_code(tmp_path):
     folder = tmp_path / "checkpoint"
-    model, processor = tiny_checkpoint(folder)
+    model, processor = tiny_checkpoint(folder, frame_time_format="mm:ss")
     video = write_needle_video(tmp_path / "video.mp4", 0, duration=10.0, size=(32, 32)).path
     seen = run_stranger(STRANGER, tmp_path, folder, video, tmp_path / "seen.pt")
     assert seen["names"] == [

@@ -149,3 +149,16 @@ def test_more_frames_of_the_video_without_a_second_index(checkpoint, video, monk
         monkeypatch.setattr("mambamia_hf.video_decoding.read_index", None)
         batch = encoded.reader.frames_at([1, 5], lambda frame: frame[:, ::2, ::2])
     assert batch.data.shape[:2] == (2, 3) and batch.indices == [1, 5]
+
+
+@pytest.mark.parametrize("settings", [{"frame_time_format": "mm:ss.d"}, {"time_instruction": True}])
+def test_prompts_with_times_are_those_of_the_processor(tmp_path, video, settings):
+    model, processor = tiny_checkpoint(tmp_path, **settings)
+    encoded = encode_video(tmp_path, video, keep_frames=4)
+    answer = encoded.ask(QUESTION, 8)
+    inputs = processor_prompt(processor, video, QUESTION, keep_frames=4)
+    assert torch.equal(encoded._prompt(QUESTION)["input_ids"], inputs["input_ids"])
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    expected = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    assert answer.answer == expected
+    assert answer.video_tokens == 4 * model.config.placeholders_per_frame()

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from needle.video import write_needle_video
 from PIL import Image
 from tiny_model import tiny_checkpoint
@@ -31,6 +32,15 @@ def test_any_to_any_with_videos(checkpoint):
         max_new_tokens=3,
         return_full_text=False,
     )
+    assert isinstance(output[0]["generated_text"], str)
+
+
+def test_times_survive_the_type_of_the_weights(checkpoint, tmp_path):
+    tiny_checkpoint(tmp_path, frame_time_format="mm:ss")
+    answerer = pipeline("any-to-any", model=str(tmp_path), dtype=torch.bfloat16)
+    assert answerer.model.dtype == torch.bfloat16
+    video = str(checkpoint / "video.mp4")
+    output = answerer(text="<|video_pad|>What appears?", videos=video, max_new_tokens=3, return_full_text=False)
     assert isinstance(output[0]["generated_text"], str)
 
 

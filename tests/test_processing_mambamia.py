@@ -1,12 +1,16 @@
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_tokenizer
 from transformers import AutoProcessor, SiglipImageProcessor
+from transformers.video_utils import VideoMetadata
 from video_files import draw_number, read_numbers, write_video
 
 from mambamia_hf import MambaMiaProcessor, MambaMiaVideoProcessor
+from mambamia_hf.video_decoding import TimedVideoMetadata
 
 
 ANCHORS = 3
@@ -201,6 +205,215 @@ class TestPlaceholders:
     def test_text_that_is_none(self, processor):
         with pytest.raises(ValueError, match="`text` holds 7"):
             processor(text=["a", 7])
+
+
+class TestTimes:
+    TIMES = [0.0, 0.4, 3.0, 3.1, 59.5, 61.0]
+
+    @pytest.mark.parametrize(("time_format", "width"), [(None, 0), ("mm:ss", 5), ("h:mm:ss", 7), ("mm:ss.d", 7)])
+    def test_placeholders(self, path, image, tmp_path, time_format, width):
+        make_processor(frame_time_format=time_format).save_pretrained(tmp_path)
+        processor = MambaMiaProcessor.from_pretrained(tmp_path)
+        assert (processor.frame_time_format, processor.tokens_per_frame) == (time_format, ANCHORS)
+        assert processor.placeholders_per_frame == width + ANCHORS
+        inputs = processor(text="<|image_pad|><|video_pad|>", images=image, videos=path, return_tensors="pt")
+        assert video_tokens(processor, inputs) == [8 * (width + ANCHORS)]
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == ANCHORS
+        assert inputs["video_timestamps"].dtype == torch.float64
+        assert inputs["video_timestamps"][0].tolist() == pytest.approx([0.2 + 0.5 * number for number in range(8)])
+        inputs = processor(text="<|video_pad|>", videos=path, keep_frames=3, return_tensors="pt")
+        assert video_tokens(processor, inputs) == [3 * (width + ANCHORS)]
+        sizes = processor._get_num_multimodal_tokens(video_sizes=[(8, 48, 64)], image_sizes=[(8, 8)], keep_ratio=0.5)
+        assert (sizes.num_video_tokens, sizes.num_image_tokens) == ([4 * (width + ANCHORS)], [ANCHORS])
+
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            {"timestamps": TIMES},
+            {"timestamps": np.array(TIMES), "duration": 70.0, "width": 64},
+            [{"timestamps": torch.tensor(TIMES, dtype=torch.float64), "total_num_frames": 900, "fps": 30}],
+            [[{"timestamps": TIMES}]],
+            TimedVideoMetadata(total_num_frames=6, duration=62.0, frame_timestamps=np.array(TIMES)),
+            [[TimedVideoMetadata(total_num_frames=6, duration=62.0, frame_timestamps=np.array(TIMES))]],
+        ],
+    )
+    def test_own_frames_with_irregular_times(self, metadata):
+        processor = make_processor(frame_time_format="mm:ss")
+        options = {"video_metadata": metadata, "do_sample_frames": False, "return_tensors": "pt"}
+        inputs = processor(text="<|video_pad|>", videos=frames(6), **options)
+        assert inputs["video_timestamps"].tolist() == [self.TIMES]
+        assert video_tokens(processor, inputs) == [6 * processor.placeholders_per_frame]
+
+    def test_own_frames_are_sampled_by_their_times(self):
+        processor = make_processor(frame_time_format="mm:ss")
+        inputs = processor(
+            text="<|video_pad|>",
+            videos=frames(6),
+            video_metadata={"timestamps": self.TIMES, "duration": 62.0},
+            num_frames=3,
+            return_tensors="pt",
+        )
+        numbers = read_numbers(inputs["pixel_values_videos"][0] * 127.5 + 127.5)
+        assert numbers == [3, 3, 3]  # on display at 10.3, 31 and 51.7 s
+        assert inputs["video_timestamps"].tolist() == [[3.1, 3.1, 3.1]]
+
+    def test_own_frames_that_begin_later_than_their_video(self):
+        processor = make_processor(frame_time_format="mm:ss")
+        times = [100.0 + 0.25 * number for number in range(12)]
+        inputs = processor(videos=frames(12), video_metadata={"timestamps": times}, return_tensors="pt")
+        assert read_numbers(inputs["pixel_values_videos"][0] * 127.5 + 127.5) == [1, 3, 5, 7, 9, 11]
+        assert inputs["video_timestamps"].tolist() == [times[1::2]]
+
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            {"fps": 4.0},
+            VideoMetadata(total_num_frames=6, fps=4.0),
+            VideoMetadata(total_num_frames=60, fps=40.0, frames_indices=[0, 10, 20, 30, 40, 50]),
+            {"total_num_frames": 60, "fps": 40.0, "frames_indices": [0, 10, 20, 30, 40, 50]},
+        ],
+    )
+    def test_own_frames_with_a_rate(self, metadata):
+        processor = make_processor(frame_time_format="mm:ss.d")
+        options = {"video_metadata": [metadata], "do_sample_frames": False, "return_tensors": "pt"}
+        inputs = processor(text="<|video_pad|>", videos=frames(6), **options)
+        assert inputs["video_timestamps"].tolist() == [[0.0, 0.25, 0.5, 0.75, 1.0, 1.25]]
+
+    def test_shorter_videos_are_padded(self, path):
+        processor = make_processor(frame_time_format="mm:ss")
+        inputs = processor(
+            text=["<|video_pad|>", "<|video_pad|>a"],
+            videos=[path, frames(2)],
+            video_metadata=[{}, {"timestamps": [5.0, 6.5]}],  # nothing to tell of the file
+            padding=True,
+            return_tensors="pt",
+        )
+        assert inputs["video_timestamps"][1].tolist() == [5.0, 6.5, *6 * [0.0]]
+
+    def test_in_a_chat(self, processor):
+        timed = make_processor(frame_time_format="mm:ss")
+        pictures = [Image.fromarray(frame) for frame in frames(6)]
+        messages = [user({"type": "video", "video": pictures}, text("When?"))]
+        options = {"video_metadata": [{"timestamps": self.TIMES}], "do_sample_frames": False}
+        arguments = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = timed.apply_chat_template(messages, processor_kwargs=options, **arguments)
+        assert inputs["video_timestamps"].tolist() == [self.TIMES]
+        with pytest.raises(ValueError, match="'mm:ss' needs the time of each frame, .* pass `video_metadata`"):
+            timed.apply_chat_template(messages, **arguments)
+        assert "video_timestamps" not in processor.apply_chat_template(messages, **arguments)
+
+    @pytest.mark.parametrize(
+        ("times", "message"),
+        [
+            (TIMES[:5], "A video of 6 frames has 5 times"),
+            (TIMES[::-1], "Frame 1 of a video has the time 59.5 s after 61.0 s; .* do not go backwards"),
+            ([-1.0, *TIMES[1:]], "Frame 0 of a video has the time -1.0 s"),
+            ([*TIMES[:5], float("inf")], "Frame 5 of a video has the time inf s"),
+            ([*TIMES[:5], float("nan")], "Frame 5 of a video has the time nan s"),
+            ([*TIMES[:5], 6000.0], "A frame at 6000 s does not fit .*use a model with frame_time_format='h:mm:ss'"),
+        ],
+    )
+    def test_times_that_cannot_be(self, times, message):
+        processor = make_processor(frame_time_format="mm:ss")
+        with pytest.raises(ValueError, match=message):
+            processor(videos=frames(6), video_metadata={"timestamps": times}, do_sample_frames=False)
+
+    def test_a_duration_that_cannot_be(self, processor):
+        metadata = {"timestamps": self.TIMES, "duration": 60.0}
+        with pytest.raises(ValueError, match="has the time 61.0 s and its `duration` is 60.0 s: correct one"):
+            processor(videos=frames(6), video_metadata=metadata)
+
+    def test_no_such_format(self):
+        with pytest.raises(ValueError, match="frame_time_format='ss' is no format of times; choose from"):
+            make_processor(frame_time_format="ss")
+
+    @pytest.mark.parametrize("of", ["processor", "video processor"])
+    def test_times_are_never_cast(self, path, of):
+        processor = make_processor(frame_time_format="mm:ss")
+        process = processor if of == "processor" else processor.video_processor
+        inputs = process(videos=path, return_tensors="pt")
+        exact = inputs["video_timestamps"].clone()
+        inputs = inputs.to("cpu", torch.bfloat16)
+        assert inputs["pixel_values_videos"].dtype == torch.bfloat16
+        assert inputs["video_timestamps"].dtype == torch.float64 and torch.equal(inputs["video_timestamps"], exact)
+
+
+class TestTimeInstruction:
+    LINE = "The video lasts for {} seconds, and {} frames are sampled from it with FPS {}. " + (
+        "Please answer the following questions related to this video."
+    )
+
+    def texts(self, processor, prompt, videos, **kwargs):
+        inputs = processor(text=prompt, videos=videos, return_tensors="pt", padding=True, **kwargs)
+        return [re.sub(r"(<\|video_pad\|>)+", "V", words) for words in processor.batch_decode(inputs["input_ids"])]
+
+    @pytest.mark.parametrize(
+        ("prompt", "expected"),
+        [
+            ("<|video_pad|>\nWhat?", "V\n{}\nWhat?"),
+            ("<|video_pad|>What?", "V\n{}\nWhat?"),
+            ("<|vision_start|><|video_pad|><|vision_end|>What?", "<|vision_start|>V<|vision_end|>\n{}\nWhat?"),
+            ("Look: <|video_pad|>", "Look: V\n{}\n"),
+        ],
+    )
+    def test_a_line_after_the_video(self, path, tmp_path, prompt, expected):
+        make_processor(time_instruction=True).save_pretrained(tmp_path)
+        processor = MambaMiaProcessor.from_pretrained(tmp_path)
+        assert self.texts(processor, prompt, path) == [expected.format(self.LINE.format("4.000", 8, "2.000"))]
+        assert self.texts(processor, prompt, path, keep_frames=2) == self.texts(processor, prompt, path)
+        processor.time_instruction = False
+        assert self.LINE[:10] not in self.texts(processor, prompt, path)[0]
+
+    @pytest.mark.parametrize(
+        ("options", "line"),
+        [
+            ({"fps": 1.2}, ("4.000", 4, "1.200")),
+            ({"num_frames": 3}, ("4.000", 3, "0.750")),
+            ({"num_frames": 40}, ("4.000", 40, "10.000")),
+        ],
+    )
+    def test_the_rate(self, path, options, line):
+        processor = make_processor(time_instruction=True, frame_time_format="mm:ss")
+        assert self.texts(processor, "<|video_pad|>", path, **options) == [f"V\n{self.LINE.format(*line)}\n"]
+
+    def test_several_videos_and_an_image(self, path, image):
+        processor = make_processor(time_instruction=True)
+        prompts = ["<|video_pad|>a<|image_pad|>", "b<|video_pad|><|video_pad|>c"]
+        videos = [path, frames(6), frames(2)]
+        metadata = [{}, {"timestamps": TestTimes.TIMES, "duration": 62.0}, {"fps": 1.0}]
+        inputs = processor(
+            text=prompts,
+            videos=videos,
+            images=image,
+            video_metadata=metadata,
+            num_frames=2,
+            padding=True,
+            return_tensors="pt",
+            return_text_replacement_offsets=True,
+        )
+        lines = [
+            self.LINE.format(*about)
+            for about in (("4.000", 2, "0.500"), ("62.000", 2, "0.032"), ("2.000", 2, "1.000"))
+        ]
+        decoded = [words.replace("<|endoftext|>", "") for words in processor.batch_decode(inputs["input_ids"])]
+        short = [re.sub(r"(<\|(video|image)_pad\|>)+", "V", words) for words in decoded]
+        assert short == [f"V\n{lines[0]}\naV", f"bV\n{lines[1]}\nV\n{lines[2]}\nc"]
+        for words, places in zip(decoded, inputs["text_replacement_offsets"], strict=True):
+            for place in places:
+                assert words[slice(*place["new_span"])] == place["replacement"]
+
+    def test_in_a_chat(self, path):
+        processor = make_processor(time_instruction=True)
+        messages = [user({"type": "video", "path": path}, text("What?"))]
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        (words,) = processor.batch_decode(inputs["input_ids"])
+        line = self.LINE.format("4.000", 8, "2.000")
+        assert f"<|video_pad|><|vision_end|>\n{line}\nWhat?<|im_end|>" in words
+
+    def test_frames_without_a_duration(self):
+        processor = make_processor(time_instruction=True)
+        with pytest.raises(ValueError, match="time_instruction=True needs the duration of each video"):
+            processor(text="<|video_pad|>", videos=frames(3))
 
 
 class TestChat:

@@ -135,7 +135,10 @@ class EncodedVideo:
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         if text.count(placeholder) != 1:
             raise ValueError(f"the question '{question}' holds {placeholder}, which stands for a video; leave it out.")
-        text = text.replace(placeholder, placeholder * self._video_tokens)
+        video = self.processor.video_replacement(
+            len(self.timestamps), self.reader.metadata.duration, keep_frames=len(self.kept_frames)
+        )
+        (text,), _ = self.processor.get_text_with_replacements([text], videos_replacements=[video])
         starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         prompt = tokenizer(text, add_special_tokens=not starts, return_tensors="pt").to(self.model.device)
         return {name: prompt[name] for name in ("input_ids", "attention_mask")}

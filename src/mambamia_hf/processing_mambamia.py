@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,16 @@ from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProc
 
 # The dialogue format of Qwen2, with the assistant's turns marked for training. A checkpoint brings its own template.
 _CHAT_TEMPLATE = Path(__file__).with_name("checkpoint") / "chat_template.jinja"
+
+
+# What the authors' code writes after a video; `fps` is that of the sampled frames.
+_TIME_INSTRUCTION = (
+    "The video lasts for {duration:.3f} seconds, and {num_frames} frames are sampled from it with FPS {fps:.3f}. "
+    "Please answer the following questions related to this video."
+)
+
+# What may close a video in a prompt, before the text goes on.
+_END_OF_VIDEO = re.compile(r"((?:<\|vision_end\|>)?)\n?")
 
 
 class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
@@ -67,6 +78,10 @@ class MambaMiaProcessor(ProcessorMixin):
         frame_time_format (`str`, *optional*):
             That of the model: `"mm:ss"`, `"h:mm:ss"` or `"mm:ss.d"`. Each frame of a video has a placeholder for each
             character of its time, before the others.
+        time_instruction (`bool`, *optional*, defaults to `False`):
+            Whether each video is followed by the line "The video lasts for 60.000 seconds, and 120 frames are sampled
+            from it with FPS 2.000. Please answer the following questions related to this video.", for checkpoints that
+            were trained with it. FPS is that of the video processor where it decides, and else the average.
 
     Raises:
         `ValueError`: if `keep_frames` and `keep_ratio` are both given or out of range, or the tokenizer lacks a token.
@@ -85,6 +100,7 @@ class MambaMiaProcessor(ProcessorMixin):
         keep_frames: int | None = None,
         keep_ratio: float | None = None,
         frame_time_format: str | None = None,
+        time_instruction: bool = False,
     ):
         frame_budget(1, keep_frames, keep_ratio)  # raises for an impossible budget
         time_width(frame_time_format)  # raises for an unknown format
@@ -94,6 +110,7 @@ class MambaMiaProcessor(ProcessorMixin):
         self.keep_frames = keep_frames
         self.keep_ratio = keep_ratio
         self.frame_time_format = frame_time_format
+        self.time_instruction = time_instruction
         self.image_token = "<|image_pad|>"
         self.video_token = "<|video_pad|>"
         self.image_token_id = _token_id(tokenizer, self.image_token)
@@ -203,7 +220,7 @@ class MambaMiaProcessor(ProcessorMixin):
         self, videos: Sequence[Any], keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
         memories = [video if isinstance(video, VideoMemory) else None for video in videos]
-        processed = self._process_frames(videos, memories, **kwargs)
+        processed = self._process_frames(videos, memories, **{**kwargs, "return_metadata": True})
         for times in processed.get("video_timestamps", [None]):
             self.check_times(times)
         budget = self._budget(keep_frames, keep_ratio)
@@ -214,7 +231,7 @@ class MambaMiaProcessor(ProcessorMixin):
             kept.append(num_frames if is_selected else frame_budget(num_frames, *budget) if has_budget else 0)
         processed.update(BatchFeature({"num_kept_frames": kept}, tensor_type=kwargs.get("return_tensors")))
         replacements = [
-            self.replace_video_token(cast(dict, processed), video_idx, keep_frames=keep_frames, keep_ratio=keep_ratio)
+            self.replace_video_token(cast(dict, processed), video_idx, keep_frames, keep_ratio, fps=kwargs.get("fps"))
             for video_idx in range(len(videos))
         ]
         return processed, replacements
@@ -255,7 +272,63 @@ class MambaMiaProcessor(ProcessorMixin):
         if memory is not None and memory.is_selected:
             keep_frames, keep_ratio = None, 1.0
         num_frames = _numbers_of_frames(video_inputs)[video_idx]
-        return self.video_token * self.num_video_tokens(num_frames, keep_frames, keep_ratio)
+        duration = _durations(video_inputs)[video_idx]
+        return self.video_replacement(num_frames, duration, keep_frames, keep_ratio, kwargs.get("fps"))
+
+    def video_replacement(
+        self,
+        num_frames: int,
+        duration: float | None,
+        keep_frames: int | None = None,
+        keep_ratio: float | None = None,
+        fps: float | None = None,
+    ) -> str:
+        """What a text has in place of the token of a video: its placeholders, and then the time instruction if any.
+
+        Args:
+            num_frames: sampled frames.
+            duration: of the video in seconds, which the time instruction needs.
+            keep_frames, keep_ratio: the budget of this call, by default that of this processor.
+            fps: the rate of sampling that was asked for, by default that of the video processor.
+
+        Raises:
+            ValueError: if the time instruction lacks the duration.
+        """
+        placeholders = self.video_token * self.num_video_tokens(num_frames, keep_frames, keep_ratio)
+        if not self.time_instruction:
+            return placeholders
+        if not duration:
+            raise ValueError(
+                "time_instruction=True needs the duration of each video, and a video came as frames without times: "
+                "pass `video_metadata` with `timestamps`, the seconds of each frame, or with `fps`."
+            )
+        fps = fps or self.video_processor.fps
+        if not fps or abs(duration * fps - num_frames) >= 1:  # another limit than the rate has decided
+            fps = num_frames / duration
+        return placeholders + _TIME_INSTRUCTION.format(duration=duration, num_frames=num_frames, fps=fps)
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: Sequence[str] = (),
+        videos_replacements: Sequence[str] = (),
+        audio_replacements: Sequence[str] = (),
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """As any processor's; a time instruction is a line of its own behind the mark that closes its video."""
+        ends = [replacement.rfind(self.video_token) + len(self.video_token) for replacement in videos_replacements]
+        placeholders = [replacement[:end] for replacement, end in zip(videos_replacements, ends, strict=True)]
+        instructions = iter([replacement[end:] for replacement, end in zip(videos_replacements, ends, strict=True)])
+        replacements: Any = images_replacements, placeholders, audio_replacements
+        text, all_places = super().get_text_with_replacements(text, *replacements)
+        for number, places in enumerate(all_places):
+            moved = 0
+            for place in cast(list[dict[str, Any]], places):
+                start, end = (edge + moved for edge in place["new_span"])
+                place["new_span"] = start, end
+                if place["type"] == "video" and (instruction := next(instructions)):
+                    text[number], added = _with_line(text[number], end, instruction)
+                    moved += added
+        return text, all_places
 
     def num_video_tokens(
         self, num_frames: int, keep_frames: int | None = None, keep_ratio: float | None = None
@@ -314,11 +387,34 @@ class MambaMiaProcessor(ProcessorMixin):
 
 def _numbers_of_frames(video_inputs: Mapping[str, Any]) -> list[int]:
     """How many frames each of the processed videos has."""
-    others = [int(mask.sum()) for mask in video_inputs.get("frame_mask", ())]
+    return _of_each_video(video_inputs, [int(mask.sum()) for mask in video_inputs.get("frame_mask", ())], len)
+
+
+def _durations(video_inputs: Mapping[str, Any]) -> list[float | None]:
+    """How long each of the processed videos lasts, in seconds; None where it is not known."""
+    others = [
+        about.duration or (about.total_num_frames / about.fps if about.fps else None)
+        for about in video_inputs.get("video_metadata", ())
+    ]
+    return _of_each_video(video_inputs, others, lambda memory: memory.duration)
+
+
+def _of_each_video(
+    video_inputs: Mapping[str, Any], others: list[Any], of_memory: Callable[[VideoMemory], Any]
+) -> list[Any]:
+    """What is known of each video, from what is known of those that are no memories."""
     if "video_memories" not in video_inputs:
         return others
     rest = iter(others)
-    return [next(rest) if memory is None else len(memory) for memory in video_inputs["video_memories"]]
+    return [next(rest) if memory is None else of_memory(memory) for memory in video_inputs["video_memories"]]
+
+
+def _with_line(text: str, end: int, line: str) -> tuple[str, int]:
+    """A text with a line after the video that ends at `end`, and how much longer the text is."""
+    mark = _END_OF_VIDEO.match(text, end)
+    assert mark is not None  # it matches nothing at all, too
+    longer = f"{text[:end]}{mark[1]}\n{line}\n{text[mark.end() :]}"
+    return longer, len(longer) - len(text)
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int | None:

@@ -121,7 +121,7 @@ class TimedBatch(BatchFeature):
 
 def _flat_metadata(given: Any) -> list[Any]:
     """The metadata of each video, from those of one or a (nested) list."""
-    if given is None or isinstance(given, Mapping):
+    if isinstance(given, Mapping):
         return [given]
     return [known for item in given for known in _flat_metadata(item)]
 
@@ -139,10 +139,17 @@ def _as_metadata(known: Any, video: Any) -> VideoMetadata:
         return VideoMetadata(**told)
     times = [float(seconds) for seconds in times]
     check_times(times, num_frames)
-    step = typical_step(np.array(times), 1.0)
-    told.update(total_num_frames=num_frames, frames_indices=list(range(num_frames)))
-    told["duration"] = told.get("duration") or times[-1] + step
-    told["fps"] = num_frames / told["duration"]
+    duration = told.get("duration") or times[-1] + typical_step(np.array(times), 1.0)
+    if duration < times[-1]:
+        raise ValueError(
+            f"The last frame of a video has the time {times[-1]} s and its `duration` is {duration} s: correct one."
+        )
+    told.update(
+        total_num_frames=num_frames,
+        frames_indices=list(range(num_frames)),
+        duration=duration,
+        fps=num_frames / (duration - times[0]) if duration > times[0] else None,
+    )
     return TimedVideoMetadata(frame_timestamps=np.array(times), **told)
 
 
@@ -318,7 +325,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             )
         middles = (np.arange(num_frames) + 0.5) / num_frames
         if isinstance(metadata, TimedVideoMetadata):
-            return metadata.frames_shown_at(middles * metadata.duration)
+            start = float(metadata.frame_timestamps[0])  # later than 0 where a user's frames are
+            return metadata.frames_shown_at(start + middles * (metadata.duration - start))
         return (middles * total + 1e-6).astype(int)
 
     def _default_num_frames(self, metadata: VideoMetadata, fps: float | None) -> int:

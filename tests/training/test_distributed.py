@@ -13,6 +13,7 @@ from tiny_model import tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 from video_files import write_video
 
+from mambamia_hf.frame_times import time_token_ids
 from mambamia_hf.training.__main__ import main
 
 
@@ -28,8 +29,10 @@ FSDP_ON_CPU = pytest.mark.skipif(
 def folder(tmp_path_factory) -> Path:
     """A model without dropout, media, and records such that the processes get very different batches."""
     folder = tmp_path_factory.mktemp("distributed")
-    processor = tiny_processor()
+    processor = tiny_processor(frame_time_format="mm:ss")
     model = tiny_model(
+        frame_time_format="mm:ss",
+        time_token_ids=time_token_ids(processor.tokenizer, "mm:ss"),
         text_config={"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id},
         compressor_config={"gpa_dropout": 0.0},
         image_token_id=processor.image_token_id,

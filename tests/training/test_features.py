@@ -7,6 +7,7 @@ import pytest
 import torch
 from conversations import BROKEN, CUT, IMAGE, MIXED, TEXT, VIDEO, arguments, record, reported
 from safetensors.torch import load_file
+from tiny_model import tiny_checkpoint
 
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor
 from mambamia_hf.training import ConversationCollator, MediaReader, VisionFeatures, features
@@ -42,6 +43,48 @@ def test_features_give_the_loss_of_pixels(written, model, processor, media_folde
     expected = model(**pixels, delta_threshold=0)
     output = model(**batch, delta_threshold=0)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    """A model that writes the times of frames, and its processor."""
+    model, processor = tiny_checkpoint(tmp_path_factory.mktemp("timed"), frame_time_format="mm:ss.d")
+    return model.eval(), processor
+
+
+def test_times_are_those_of_pixels(timed, media_folder, tmp_path):
+    model, processor = timed
+    write(model, processor, media_folder, tmp_path, RECORDS)
+    reader = MediaReader(processor, media_folder)
+    pixels = ConversationCollator(processor, reader)(RECORDS)
+    batch = ConversationCollator(processor, VisionFeatures(tmp_path / "features", reader.settings(model)))(RECORDS)
+    assert torch.equal(batch["input_ids"], pixels["input_ids"]) and torch.equal(batch["labels"], pixels["labels"])
+    assert batch["video_timestamps"] == pixels["video_timestamps"]
+    assert [len(times) for times in batch["video_timestamps"]] == [8, 8, 4]
+    is_video = batch["input_ids"] == processor.video_token_id
+    assert is_video.sum() == 20 * processor.placeholders_per_frame and (batch["labels"][is_video] == -100).all()
+    output, expected = (model(**batch, delta_threshold=0), model(**pixels, delta_threshold=0))
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-3, atol=1e-3)
+
+
+def test_features_of_a_model_without_times_have_them(timed, written, media_folder):
+    _, processor = timed
+    collator = ConversationCollator(processor, VisionFeatures(written, {}))
+    reader = MediaReader(processor, media_folder)
+    assert collator([VIDEO])["video_timestamps"] == [reader.read("video", "a.mp4").times.tolist()]
+
+
+def test_features_without_times(timed, written, model, processor, media_folder, tmp_path):
+    index = json.loads((written / "index.json").read_text())
+    del index["settings"]["video times"]  # as earlier versions wrote it
+    (written / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="made with video times None and it is True now; precompute them again"):
+        VisionFeatures(written, MediaReader(timed[1], media_folder).settings(timed[0]))
+    write(model, processor, media_folder, tmp_path, [*RECORDS, record("more", "<video>?", "Yes.", video="b.mp4")])
+    made = VisionFeatures(written, MediaReader(processor, media_folder).settings(model))
+    assert not made.has_times and made.read("video", "b.mp4").times is None
+    batch = ConversationCollator(processor, made)([VIDEO])
+    assert "video_timestamps" not in batch
 
 
 def test_what_is_there_is_not_made_again(written, model, processor, media_folder, tmp_path, capsys):

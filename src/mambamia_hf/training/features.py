@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..files import atomic_write
-from .media import FIRST_TRIES, TIMES, MediaReader, Medium, VisionFeatures
+from .media import FIRST_TRIES, TIMES, MediaReader, Medium, VisionFeatures, times_name
 from .records import load_records, media_path, parse_record
 
 
@@ -73,13 +73,14 @@ class FeatureFolder:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings = folder, {**settings, TIMES: True}
         self.shards: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
         self.sizes: dict[str, int | None] = {}
         if (folder / "index.json").is_file():
             done = VisionFeatures(folder, settings)
             self.shards, self.skipped, self.sizes = done.shards, done.skipped, done.sizes
+            self.settings[TIMES] = done.has_times
         self._waiting: dict[str, torch.Tensor] = {}
         self._times: dict[str, torch.Tensor] = {}
 
@@ -97,8 +98,8 @@ class FeatureFolder:
         if not features.isfinite().all():
             raise ValueError(f"The features of '{path}' do not fit into float16; train on pixels with this tower.")
         self._waiting[path] = features.contiguous()
-        if times is not None:
-            self._times[TIMES + path] = times.contiguous()
+        if times is not None and self.settings[TIMES]:
+            self._times[times_name(path)] = times.contiguous()
         self.sizes[path] = size
         self.skipped.pop(path, None)
 
@@ -107,7 +108,7 @@ class FeatureFolder:
         if self._waiting:
             name = f"features-{len(set(self.shards.values())):05d}.safetensors"
             with atomic_write(self.folder / name) as file:
-                save_file(self._waiting | self._times, file, {TIMES: "videos"})
+                save_file(self._waiting | self._times, file)
             self.shards |= dict.fromkeys(self._waiting, name)
             self._waiting, self._times = {}, {}
         index = {name: getattr(self, name) for name in ("settings", "shards", "skipped", "sizes")}

@@ -24,8 +24,8 @@ from .records import media_path
 # When this many records or files are all unusable from the start, the settings are wrong rather than the media.
 FIRST_TRIES = 20
 
-# How the names of the times of videos begin in shards; shards of earlier versions have none.
-TIMES = "times of "
+# The setting of features that have the times of videos, which earlier versions left out.
+TIMES = "video times"
 
 # The settings of a processor that decide how a file becomes pixels.
 _PIXEL_SETTINGS = (
@@ -66,6 +66,7 @@ class MediaReader:
         fps: float | None = None,
     ):
         self.image_processor = processor.image_processor
+        self._needs_times = processor.frame_time_format is not None
         self.video_processor = copy.copy(processor.video_processor)
         if num_frames is not None:
             self.video_processor.num_frames = num_frames
@@ -129,7 +130,14 @@ class MediaReader:
         for kind, processor in (("image", self.image_processor), ("video", self.video_processor)):
             given = processor.to_dict()
             settings |= {f"{kind} {name}": given.get(name) for name in _PIXEL_SETTINGS}
+        if self._needs_times:
+            settings[TIMES] = True
         return json.loads(json.dumps(settings))
+
+
+def times_name(path: str) -> str:
+    """What a shard calls the times of a video."""
+    return f"times of {path}"
 
 
 @functools.cache
@@ -164,6 +172,7 @@ class VisionFeatures:
                     f"The features in '{folder}' were made with {name} {index['settings'].get(name)!r} and it is "
                     f"{settings[name]!r} now; precompute them again, or use the settings that they were made with."
                 )
+        self.has_times: bool = index["settings"].get(TIMES, False)
         self.shards: dict[str, str] = index["shards"]
         self.skipped: dict[str, str] = index["skipped"]
         self.sizes: dict[str, int | None] = index["sizes"]
@@ -188,8 +197,8 @@ class VisionFeatures:
         if path in self.skipped:
             raise ValueError(self.skipped[path])
         shard = _open_shard(self.folder / self.shards[path])
-        is_timed = kind == "video" and TIMES in (shard.metadata() or {})
-        return Medium(kind, shard.get_tensor(path), shard.get_tensor(TIMES + path) if is_timed else None)
+        times = shard.get_tensor(times_name(path)) if self.has_times and kind == "video" else None
+        return Medium(kind, shard.get_tensor(path), times)
 
 
-__all__ = ["FIRST_TRIES", "TIMES", "MediaReader", "Medium", "VisionFeatures"]
+__all__ = ["FIRST_TRIES", "TIMES", "MediaReader", "Medium", "VisionFeatures", "times_name"]
