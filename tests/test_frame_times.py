@@ -161,11 +161,11 @@ def embeddings_by_hand(model, untimed, row, **how):
     start, end = ids.index(VIDEO_TOKEN), len(ids) - ids[::-1].index(VIDEO_TOKEN)
     embed, texts = model.get_input_embeddings(), []
     parts = [embed(torch.tensor(ids[:start]))]
-    for frame in kept:
+    for frame, tokens in zip(kept, features.pooler_output[0].unflatten(0, (len(kept), -1)), strict=True):
         seconds = int(row["video_timestamps"][0, frame])
         texts.append(f"{seconds // 60:02}:{seconds % 60:02}")
         parts += [embed(torch.tensor([DIGITS[character] for character in texts[-1]]))]
-        parts += [features.last_hidden_state[0, frame]]
+        parts += [tokens]
     return torch.cat([*parts, embed(torch.tensor(ids[end:]))]).detach(), texts
 
 
@@ -189,15 +189,26 @@ def test_forward_of_a_batch(model, untimed, batch, how):
 
 
 def digits_read(model, call) -> list[list[str]]:
-    """The times that the language model is given during `call()`, as text, one list per video."""
-    characters = {token: character for character, token in DIGITS.items()}
-    read = []
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: read.append(args[0].tolist()) if args[0].shape[-1:] == (WIDTH,) else None
-    )
+    """The times that the language model first reads during `call()`, as text, one list per prompt."""
+    read: list[list[str]] = []
+
+    def read_off(module, args, kwargs):
+        if read:
+            return
+        table = model.get_input_embeddings().weight
+        for row in kwargs["inputs_embeds"]:
+            is_digit = (row[:, None] == table[list(DIGITS.values())]).all(dim=-1)
+            places, numbers = is_digit.nonzero().unbind(dim=1)
+            text = "".join(list(DIGITS)[number] for number in numbers)
+            assert all(places[WIDTH - 1 :: WIDTH] - places[::WIDTH] == WIDTH - 1), (
+                "the digits of a time stand together"
+            )
+            read.append([text[start : start + WIDTH] for start in range(0, len(text), WIDTH)])
+
+    hook = model.model.language_model.register_forward_pre_hook(read_off, with_kwargs=True)
     call()
     hook.remove()
-    return [["".join(characters[token] for token in frame) for frame in video] for video in read]
+    return read
 
 
 def clock(seconds: float) -> str:

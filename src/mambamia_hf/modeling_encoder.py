@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint
 
-
-# Seconds `(num_videos, num_frames)`; numbers in lists keep their precision where tensors are cast to the model's type.
-Timestamps: TypeAlias = Tensor | Sequence[Sequence[float]]
 
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
 _AUTO_MAP = {
@@ -378,7 +375,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         vision_feature_layer: int | None = None,
         vision_batch_size: int | None = None,
         patch_features_videos: Tensor | None = None,
-        video_timestamps: Timestamps | None = None,
+        video_timestamps: Any = None,
         video_memories: Sequence[VideoMemory | None] | None = None,
         **kwargs: Any,
     ) -> MambaMiaFeaturesOutput | tuple:
@@ -398,18 +395,15 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             vision_feature_layer, vision_batch_size (`int`, *optional*): see [`MambaMiaConfig`].
             patch_features_videos (`torch.FloatTensor` of shape `(num_videos, num_frames, num_patches, vision_size)`):
                 Result of `encode_frames` for the frames, of any floating type, in place of `pixel_values_videos`.
-            video_timestamps (`torch.DoubleTensor` of shape `(num_videos, num_frames)`, *optional*):
-                Times in seconds, as the processor returns them, or a list of numbers for each video; a model with a
-                `frame_time_format` needs them, and any other ignores them. Memories have their own.
+            video_timestamps: for [`MambaMiaModel`]; the encoder has no embeddings of digits and writes no times.
             video_memories (`list[VideoMemory | None]`, *optional*):
-                For each video its memory, or None for the next of the videos in pixels or features. Budgets and times
-                are given for all videos, `frame_mask` for those in pixels or features.
+                For each video its memory, or None for the next of the videos in pixels or features. Budgets are given
+                for all videos, `frame_mask` for those in pixels or features.
             kwargs: further arguments of the vision tower, such as `output_hidden_states`.
 
         Raises:
             ValueError: unless every video is given once, in pixels, features or a memory of this model; for a budget
-                or a threshold that is out of range, that nothing uses, or that lacks a Δ; without the times that the
-                model writes.
+                or a threshold that is out of range, that nothing uses, or that lacks a Δ.
         """
         num_frames = video_lengths(frame_mask, pixel_values_videos, patch_features_videos, video_memories)
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
@@ -437,39 +431,20 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             videos = others
         else:
             videos = self._with_memories(video_memories, others)
-            video_timestamps = _times_of(video_memories, video_timestamps)
             budgets = [
                 len(memory) if memory is not None and memory.is_selected else budget
                 for memory, budget in zip(video_memories, budgets, strict=True)
             ]
         keep_mask = self._select_frames(videos.deltas, videos.frame_mask, budgets, delta_threshold, delta_min_frames)
-        kept_frames = self._project_kept(videos.anchors, keep_mask)
         return MambaMiaFeaturesOutput(
             last_hidden_state=videos.anchors if isinstance(videos.anchors, Tensor) else None,  # type: ignore[arg-type]
-            pooler_output=[
-                frames.flatten(0, 1) for frames in self.with_times(kept_frames, keep_mask, video_timestamps)
-            ],
+            pooler_output=[frames.flatten(0, 1) for frames in self._project_kept(videos.anchors, keep_mask)],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             frame_deltas=videos.deltas,
             keep_mask=keep_mask,
             frame_mask=videos.frame_mask,
         )
-
-    def with_times(
-        self, kept_frames: list[Tensor], keep_mask: Tensor, video_timestamps: Timestamps | None
-    ) -> list[Tensor]:
-        """The kept frames of videos as the language model reads them; the encoder alone has no embeddings of times.
-
-        Args:
-            kept_frames: `(num_kept_frames, tokens_per_frame, hidden_size)` of each video.
-            keep_mask: `(num_videos, num_frames)`, True for the kept frames.
-            video_timestamps: see `get_video_features`.
-
-        Returns:
-            `(num_kept_frames, placeholders_per_frame, hidden_size)` of each video.
-        """
-        return kept_frames
 
     def _encode_videos(
         self, pixel_values_videos: Tensor, frame_mask: Tensor, **kwargs: Any
@@ -653,12 +628,6 @@ def video_lengths(
     return [next(lengths) if memory is None else len(memory) for memory in video_memories]
 
 
-def _times_of(memories: Sequence[VideoMemory | None], video_timestamps: Timestamps | None) -> Timestamps | None:
-    """The times of videos: those given, or where all videos are memories, theirs."""
-    times = [memory.timestamps for memory in memories if memory is not None]
-    return times if video_timestamps is None and len(times) == len(memories) else video_timestamps
-
-
 def frame_budgets(
     num_frames: list[int], num_kept_frames: Tensor | None, keep_frames: int | None, keep_ratio: float | None
 ) -> list[int]:
@@ -688,5 +657,4 @@ __all__ = [
     "MambaMiaFeaturesOutput",
     "MambaMiaPatchFeaturesOutput",
     "MambaMiaPreTrainedModel",
-    "Timestamps",
 ]

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from .modeling_encoder import (
     MambaMiaEncoderBase,
     MambaMiaFeaturesOutput,
     MambaMiaPreTrainedModel,
-    Timestamps,
     frame_budgets,
     video_lengths,
 )
@@ -50,6 +49,10 @@ from .prompt_tokens import (
 from .tokenization_mambamia import load_tokenizer
 from .versions import CACHE_NAME, take_cache
 from .video_memory import VideoMemory
+
+
+# Seconds `(num_videos, num_frames)`; numbers in lists stay exact where tensors are cast to the type of the weights.
+Timestamps: TypeAlias = Tensor | Sequence[Sequence[float]]
 
 
 class _MediaProperties:
@@ -180,33 +183,82 @@ class MambaMiaModel(MambaMiaEncoderBase):
             masks.append(mask.unsqueeze(-1))
         return masks[0], masks[1]
 
-    def with_times(
-        self, kept_frames: list[Tensor], keep_mask: Tensor, video_timestamps: Timestamps | None
-    ) -> list[Tensor]:
-        """The kept frames of videos as the language model reads them: where the configuration has a
-        `frame_time_format`, each after the digits of its time, which are the language model's own embeddings.
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        *,
+        video_timestamps: Timestamps | None = None,
+        **kwargs: Any,
+    ) -> MambaMiaFeaturesOutput | tuple:
+        """See [`MambaMiaEncoderBase.get_video_features`]; with a `frame_time_format` in the configuration, the digits
+        of its time stand before the tokens of each kept frame, as the language model's own embeddings.
 
         Args:
-            kept_frames: `(num_kept_frames, tokens_per_frame, hidden_size)` of each video.
-            keep_mask: `(num_videos, num_frames)`, True for the kept frames.
-            video_timestamps: see `get_video_features`.
-
-        Returns:
-            `(num_kept_frames, placeholders_per_frame, hidden_size)` of each video.
+            pixel_values_videos, frame_mask, kwargs: see [`MambaMiaEncoderBase.get_video_features`].
+            video_timestamps (`torch.DoubleTensor` of shape `(num_videos, num_frames)`, *optional*):
+                Times in seconds, as the processor returns them, or a list of numbers for each video. Not used without
+                a `frame_time_format`; where all videos are memories, these have them.
 
         Raises:
-            ValueError: if the times are missing or do not fit the videos or the format.
+            ValueError: also if the times are missing or do not fit the videos or the format.
+        """
+        features: Any = super().get_video_features(pixel_values_videos, frame_mask, **{**kwargs, "return_dict": True})
+        ids = self._time_ids(features.keep_mask, _times_of(kwargs.get("video_memories"), video_timestamps))
+        if ids:
+            embeddings = self.get_input_embeddings()
+            _write_times(features, [embeddings(video.to(features.keep_mask.device)) for video in ids])
+        return features
+
+    def _time_ids(self, keep_mask: Tensor, video_timestamps: Timestamps | None) -> list[Tensor]:
+        """The tokens `(num_kept_frames, width)` of the times of the kept frames of each video; none without a format.
+
+        Args:
+            keep_mask: `(num_videos, num_frames)`, True for the kept frames.
+            video_timestamps: see `get_video_features`.
         """
         time_format, token_ids = self.config.frame_time_format, self.config.time_token_ids
         if time_format is None:
-            return kept_frames
+            return []
         assert token_ids is not None  # the configuration has checked
-        timed_frames = []
-        for frames, kept, times in zip(kept_frames, keep_mask, _seconds(video_timestamps, keep_mask), strict=True):
-            kept_times = [seconds for seconds, stays in zip(times, kept.tolist(), strict=True) if stays]
-            ids = torch.tensor(time_ids(kept_times, time_format, token_ids), device=frames.device)
-            timed_frames.append(torch.cat([self.get_input_embeddings()(ids).to(frames), frames], dim=1))
-        return timed_frames
+        ids = []
+        for kept, times in zip(keep_mask.tolist(), _seconds(video_timestamps, keep_mask), strict=True):
+            kept_times = [seconds for seconds, stays in zip(times, kept, strict=True) if stays]
+            ids.append(torch.tensor(time_ids(kept_times, time_format, token_ids)))
+        return ids
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, placeholders: Tensor, others: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embeddings of a prompt and of other tokens.
+
+        Args:
+            input_ids: `(batch_size, sequence_length)`, or None.
+            inputs_embeds: `(batch_size, sequence_length, hidden_size)`, where there are no `input_ids`.
+            placeholders: `(batch_size, sequence_length, 1)`, True where features will take the places of tokens.
+            others: `(num_kept_frames, width)` of each video.
+
+        Returns:
+            `(batch_size, sequence_length, hidden_size)`, and `(num_kept_frames, width, hidden_size)` of each video.
+        """
+        embeddings = self.get_input_embeddings()
+        if input_ids is None:
+            assert inputs_embeds is not None
+            return inputs_embeds, [embeddings(ids.to(inputs_embeds.device)) for ids in others]
+        batch_size, length = input_ids.shape
+        # Placeholders may be numbered beyond the vocabulary.
+        beyond = placeholders.squeeze(-1) & (input_ids >= self.config.text_config.vocab_size)
+        input_ids = input_ids.masked_fill(beyond, 0)
+        if not others:
+            return embeddings(input_ids), []
+        # By one call: processes that train together gather embeddings equally often, also one with text alone.
+        more = torch.cat([ids.flatten() for ids in others]).to(input_ids)
+        more = nn.functional.pad(more, (0, -len(more) % batch_size)).view(batch_size, -1)
+        embedded = embeddings(torch.cat([input_ids, more], dim=1))
+        sizes = [ids.numel() for ids in others]
+        parts = embedded[:, length:].flatten(0, 1)[: sum(sizes)].split(sizes)
+        return embedded[:, :length], [part.view(*ids.shape, -1) for part, ids in zip(parts, others, strict=True)]
 
     def embed_multimodal(
         self,
@@ -253,13 +305,16 @@ class MambaMiaModel(MambaMiaEncoderBase):
             outputs["image"] = self.get_image_features(
                 pixel_values, patch_features=patch_features, return_dict=True, **vision
             )
+        ids_of_times: list[Tensor] = []
         if any(videos.get(name) is not None for name in _VIDEOS):
+            timestamps = _times_of(videos.get("video_memories"), videos.pop("video_timestamps", None))
             outputs["video"] = self._encode_videos_of_prompt(video_places.squeeze(-1), **videos, **vision)
-        if inputs_embeds is None:
-            assert input_ids is not None
-            # Placeholders may be numbered beyond the vocabulary; features take their places.
-            beyond = (image_places | video_places).squeeze(-1) & (input_ids >= self.config.text_config.vocab_size)
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(beyond, 0))
+            assert outputs["video"].keep_mask is not None
+            ids_of_times = self._time_ids(outputs["video"].keep_mask, timestamps)
+        placeholders = image_places | video_places
+        inputs_embeds, times = self._embed(input_ids, inputs_embeds, placeholders, ids_of_times)
+        if times:
+            _write_times(outputs["video"], times)
 
         if inputs_embeds.shape[1] > 1:  # one token is what the language model came up with itself
             for modality, places in (("image", image_places), ("video", video_places)):
@@ -298,7 +353,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
         keep_ratio: float | None = None,
         **videos: Any,
     ) -> MambaMiaFeaturesOutput:
-        """`get_video_features` with the budgets that a prompt has room for.
+        """`get_video_features` with the budgets that a prompt has room for, without times.
 
         Args:
             video_places: `(batch_size, sequence_length)`, True where the video tokens stand.
@@ -309,7 +364,7 @@ class MambaMiaModel(MambaMiaEncoderBase):
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
         placeholders_per_frame = self.config.frame_time_width + tokens_per_frame
         budgets = resolve_budgets(video_places, num_frames, placeholders_per_frame, budgets)
-        return self.get_video_features(num_kept_frames=torch.tensor(budgets), return_dict=True, **videos)
+        return super().get_video_features(num_kept_frames=torch.tensor(budgets), return_dict=True, **videos)
 
     def _tokens_per_frame(
         self,
@@ -383,9 +438,8 @@ class MambaMiaModel(MambaMiaEncoderBase):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The prompt, with one placeholder per token of its images and videos; see `embed_multimodal`.
             pixel_values, patch_features: the images, in order; see `get_image_features`.
-            pixel_values_videos, patch_features_videos, frame_mask, video_timestamps: the videos, in order; see
-            pixel_values_videos, patch_features_videos, frame_mask, video_memories: the videos, in order; see
-                `get_video_features`.
+            pixel_values_videos, patch_features_videos, frame_mask, video_timestamps, video_memories: the videos, in
+                order; see `get_video_features`.
             num_kept_frames, keep_frames, keep_ratio, delta_threshold, delta_min_frames: the selection of their frames;
                 see `get_video_features`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
@@ -875,6 +929,21 @@ class _PromptStreamer(BaseStreamer):
 
     def end(self) -> None:
         self.streamer.end()
+
+
+def _write_times(videos: MambaMiaFeaturesOutput, times: list[Tensor]) -> None:
+    """Puts the embeddings of times `(num_kept_frames, width, hidden_size)` before the tokens of the kept frames."""
+    timed = [
+        torch.cat([digits.to(tokens), tokens.unflatten(0, (len(digits), -1))], dim=1).flatten(0, 1)
+        for tokens, digits in zip(videos.pooler_output, times, strict=True)
+    ]
+    videos.pooler_output = timed
+
+
+def _times_of(memories: Sequence[VideoMemory | None] | None, timestamps: Timestamps | None) -> Timestamps | None:
+    """The times of videos: those given, or where all videos are memories, theirs."""
+    times = [memory.timestamps for memory in memories or () if memory is not None]
+    return times if memories and timestamps is None and len(times) == len(memories) else timestamps
 
 
 def _seconds(timestamps: Timestamps | None, keep_mask: Tensor) -> list[list[float]]:
