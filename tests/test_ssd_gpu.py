@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from scans import recurrence, scan_inputs
-from test_ssd_cpu import KINDS, assert_near, outputs_and_gradients, steepness_inputs
+from scans import KINDS, assert_near, outputs_and_gradients, recurrence, scan_inputs, steepness_inputs
 
 from mambamia_hf import ssd_gpu
 
