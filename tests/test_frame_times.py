@@ -7,9 +7,10 @@ import torch
 import transformers
 from packaging import version
 from tiny import tiny_tokenizer
-from tiny_model import IMAGE_TOKEN, NUM_ANCHORS, VIDEO_TOKEN, random_videos, tiny_config, tiny_model
+from tiny_model import IMAGE_TOKEN, NUM_ANCHORS, VIDEO_TOKEN, random_videos, tiny_checkpoint, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from video_files import write_video
 
 from mambamia_hf import MambaMiaConfig
 from mambamia_hf.frame_times import check_times, format_time, time_characters, time_ids, time_token_ids, time_width
@@ -384,6 +385,27 @@ def test_training(batch, settings):
     assert gradients[sorted(used)].abs().sum(dim=1).min() > 0
     unused = set(DIGITS.values()) - used
     assert not gradients[sorted(unused)].any()
+
+
+@pytest.mark.parametrize("how", [{}, {"keep_frames": 3}, {"keep_ratio": 0.5}], ids=str)
+def test_memories_of_videos_have_their_times(tmp_path, how):
+    """Alone, beside a video that is no memory, and after a selection; as from the files."""
+    model, processor = tiny_checkpoint(tmp_path / "model", frame_time_format="mm:ss.d")
+    paths = [str(write_video(tmp_path / f"{count}.mp4", num_frames=count, fps=4)) for count in (40, 24)]
+    memories = [model.encode_video(path, processor) for path in paths]
+    options = {"padding": True, "return_tensors": "pt", **how}
+    prompts = ["<|video_pad|>What?", "Look: <|video_pad|>"]
+    expected = processor(text=prompts, videos=paths, **options)
+    for videos in (memories, [memories[0], paths[1]], [paths[0], memories[1]]):
+        inputs = processor(text=prompts, videos=videos, **options)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        torch.testing.assert_close(inputs["video_timestamps"], expected["video_timestamps"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(model(**inputs).logits, model(**expected).logits, atol=1e-5, rtol=1e-4)
+    part = memories[0].select(keep_frames=5)
+    inputs = processor(text=prompts[:1], videos=[part], return_tensors="pt")
+    read = model(**inputs).video_hidden_states.unflatten(0, (5, -1))[:, :7]
+    ids = time_ids(part.timestamps, "mm:ss.d", model.config.time_token_ids)
+    assert torch.equal(read, model.get_input_embeddings()(torch.tensor(ids)))
 
 
 class TestConfiguration:

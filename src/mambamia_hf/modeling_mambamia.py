@@ -188,24 +188,48 @@ class MambaMiaModel(MambaMiaEncoderBase):
         self,
         pixel_values_videos: Tensor | None = None,
         frame_mask: Tensor | None = None,
-        *,
+        num_kept_frames: Tensor | None = None,
+        keep_frames: int | None = None,
+        keep_ratio: float | None = None,
+        delta_threshold: float | None = None,
+        delta_min_frames: int | None = None,
+        vision_feature_layer: int | None = None,
+        vision_batch_size: int | None = None,
+        patch_features_videos: Tensor | None = None,
         video_timestamps: Timestamps | None = None,
+        video_memories: Sequence[VideoMemory | None] | None = None,
         **kwargs: Any,
     ) -> MambaMiaFeaturesOutput | tuple:
         """See [`MambaMiaEncoderBase.get_video_features`]; with a `frame_time_format` in the configuration, the digits
         of its time stand before the tokens of each kept frame, as the language model's own embeddings.
 
         Args:
-            pixel_values_videos, frame_mask, kwargs: see [`MambaMiaEncoderBase.get_video_features`].
             video_timestamps (`torch.DoubleTensor` of shape `(num_videos, num_frames)`, *optional*):
                 Times in seconds, as the processor returns them, or a list of numbers for each video. Not used without
                 a `frame_time_format`; where all videos are memories, these have them.
+            pixel_values_videos, frame_mask, num_kept_frames, keep_frames, keep_ratio, delta_threshold,
+                delta_min_frames, vision_feature_layer, vision_batch_size, patch_features_videos, video_memories,
+                kwargs: see [`MambaMiaEncoderBase.get_video_features`].
 
         Raises:
             ValueError: also if the times are missing or do not fit the videos or the format.
         """
-        features: Any = super().get_video_features(pixel_values_videos, frame_mask, **{**kwargs, "return_dict": True})
-        ids = self._time_ids(features.keep_mask, _times_of(kwargs.get("video_memories"), video_timestamps))
+        features: Any = super().get_video_features(
+            pixel_values_videos,
+            frame_mask,
+            num_kept_frames,
+            keep_frames,
+            keep_ratio,
+            delta_threshold,
+            delta_min_frames,
+            vision_feature_layer,
+            vision_batch_size,
+            patch_features_videos,
+            video_memories=video_memories,
+            return_dict=True,
+            **kwargs,
+        )
+        ids = self._time_ids(features.keep_mask, _times_of(video_memories, video_timestamps))
         if ids:
             embeddings = self.get_input_embeddings()
             _write_times(features, [embeddings(video.to(features.keep_mask.device)) for video in ids])
