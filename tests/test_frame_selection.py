@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mambamia_hf.frame_selection import frame_budget, select_frames
+from mambamia_hf.frame_selection import frame_budget, frame_to_drop, select_frames
 
 
 def test_frame_budget():
@@ -97,3 +97,46 @@ def test_select_rejects_impossible_deltas(wrong, arguments):
         select_frames(deltas, **arguments)
     mask = torch.tensor([[True, True, True], [True, False, True]])  # padding may hold anything
     assert select_frames(deltas, frame_mask=mask, **arguments).any(dim=1).all()
+
+
+def held_of_a_stream(deltas: list[float], budget: int) -> tuple[list[int], list[float]]:
+    """The frames that a stream with a budget holds in the end, and the Δ that each carries."""
+    frames: list[int] = []
+    carried: list[float] = []
+    for frame, delta in enumerate(deltas):
+        frames.append(frame)
+        carried.append(delta)
+        if len(frames) > budget:
+            gone = frame_to_drop(carried, frames)
+            carried[gone : gone + 2] = [carried[gone] + carried[gone + 1]]
+            del frames[gone]
+    return frames, carried
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 16, 50])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stream_stays_evenly_spread_in_accumulated_delta(budget, seed):
+    deltas = (torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4).tolist()
+    for end in (budget, 60, 200, 400):
+        frames, carried = held_of_a_stream(deltas[:end], budget)
+        assert len(frames) == min(budget, end) and frames[-1] == end - 1
+        assert sum(carried) == pytest.approx(sum(deltas[:end]))
+        assert max(carried) <= max(2 * sum(deltas[:end]) / budget, *deltas[:end]) * (1 + 1e-9)
+
+
+def test_a_frame_that_carries_much_is_held_on_to():
+    deltas = [0.01] * 100
+    deltas[30] = deltas[60] = 5.0
+    frames, _ = held_of_a_stream(deltas, 8)
+    assert {30, 60} <= set(frames)
+
+
+def test_equal_deltas_are_thinned_evenly():
+    frames, _ = held_of_a_stream([1.0] * 64, 8)
+    steps = [after - before for before, after in zip([-1, *frames], frames, strict=False)]
+    assert max(steps) <= 16 and sum(steps) == 64
+
+
+def test_between_equals_the_frame_of_the_shortest_stretch_goes():
+    assert frame_to_drop([1.0, 1.0, 1.0, 1.0], [0.0, 10.0, 11.0, 30.0]) == 0
+    assert frame_to_drop([1.0, 1.0, 1.0, 1.0], [0.0, 20.0, 21.0, 22.0]) == 2

@@ -1,5 +1,7 @@
 """Frame selection by Δ, the importance of each frame: delta sampling and exact budgets, as pure functions."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -120,4 +122,27 @@ def _keep_by_budget(deltas: Tensor, budget: int) -> Tensor:
     return completed.diff(prepend=completed.new_zeros(1)) > 0
 
 
-__all__ = ["frame_budget", "select_frames"]
+def frame_to_drop(accumulated_deltas: Sequence[float], times: Sequence[float]) -> int:
+    r"""Which of the frames that a stream holds is missed least: the budget of a video that has not ended.
+
+    Each held frame carries the Δ of all frames since the held one before it. Dropping a frame hands its Δ on to the
+    next, and the frame to drop is the one whose successor then carries least, so that what is held stays evenly spread
+    in accumulated Δ: among K held frames none carries more than $2/K$ of all Δ, or than its own Δ where that is more.
+    The newest frame is never dropped.
+
+    Args:
+        accumulated_deltas: `(num_frames,)`, of two frames at least, in the order of time.
+        times: `(num_frames,)`, in seconds; between equals, the frame that leaves the shortest stretch of time goes.
+
+    Returns:
+        The number of the frame.
+    """
+
+    def loss(frame: int) -> tuple[float, float]:
+        carried = accumulated_deltas[frame] + accumulated_deltas[frame + 1]
+        return carried, times[frame + 1] - times[max(frame - 1, 0)]
+
+    return min(range(len(times) - 1), key=loss)
+
+
+__all__ = ["frame_budget", "frame_to_drop", "select_frames"]

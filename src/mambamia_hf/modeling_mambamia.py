@@ -49,6 +49,7 @@ from .prompt_tokens import (
 from .tokenization_mambamia import load_tokenizer
 from .versions import CACHE_NAME, take_cache
 from .video_memory import VideoMemory
+from .video_stream import VideoStream
 
 
 # Seconds `(num_videos, num_frames)`; numbers in lists stay exact where tensors are cast to the type of the weights.
@@ -644,6 +645,19 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def stream(self, processor: Any, keep_frames: int = 256, **settings: Any) -> VideoStream:
+        """A video that has not ended: frames are pushed as they come, and questions are asked at any moment.
+
+        Args:
+            processor: of this model.
+            keep_frames: how many frames are held at most; what a stream holds does not grow.
+            settings: the others of [`VideoStream`].
+
+        Raises:
+            ValueError: for a setting out of range, or a model that cannot read a video piece by piece.
+        """
+        return VideoStream(self, processor, keep_frames, **settings)
 
     def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> MambaMiaFeaturesOutput | tuple:
         """See [`MambaMiaEncoderBase.get_image_features`]."""
