@@ -22,10 +22,10 @@ from .video_sources import VideoLimits
 _PYAV_VERSION = int(av.__version__.split(".")[0])
 
 # Until PyAV 18, metadata that is not UTF-8 raises an error unless it is replaced; PyAV 19 always replaces it.
-_OPEN_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV_VERSION < 19 else {}
+OPEN_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV_VERSION < 19 else {}
 
 # Formats that hold the video themselves. Playlists and scripts, which name other files, are not among them.
-_FORMATS = (
+FILE_FORMATS = (
     "3g2,3gp,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dnxhd,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ivf,kux,"
     "live_flv,m4a,m4v,matroska,mj2,mjpeg,mov,mp4,mpeg,mpegts,mpegtsraw,mpegvideo,mxf,nsv,nut,nuv,obu,ogg,pva,rm,swf,"
     "vc1,vc1test,vvc,webm,wtv,yuv4mpegpipe"
@@ -56,9 +56,9 @@ def open_video(path: str, name: str, limits: VideoLimits) -> tuple[InputContaine
         ValueError: if this is no video file, has no video stream, its codec is unknown, or it is beyond the limits.
     """
     # Not `options`: these would be for the streams, too, and PyAV 14 crashes where a header does not list the streams.
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    options = {"format_whitelist": FILE_FORMATS, "protocol_whitelist": "file"}
     try:
-        container = av.open(f"file:{path}", container_options=options, **_OPEN_OPTIONS)
+        container = av.open(f"file:{path}", container_options=options, **OPEN_OPTIONS)
     except (*UNREADABLE, ValueError) as error:
         _refuse_image(path, name)
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -67,8 +67,10 @@ def open_video(path: str, name: str, limits: VideoLimits) -> tuple[InputContaine
             "missing; check that a video player plays it."
         ) from error
     try:
-        stream = _shown_stream(container, name)
-        _check_announcements(stream, path, name, limits)
+        stream = shown_stream(container, name, limits)
+        size = os.path.getsize(path)
+        if stream.frames > size:
+            raise ValueError(f"{name} announces {stream.frames} frames in {size} bytes: the file is damaged.")
         return container, stream
     except BaseException:
         container.close()
@@ -95,8 +97,12 @@ def _refuse_image(path: str, name: str) -> None:
     raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
 
 
-def _shown_stream(container: InputContainer, name: str) -> VideoStream:
-    """The stream that a player shows: the one that is marked as the default, then the largest, then the first."""
+def shown_stream(container: InputContainer, name: str, limits: VideoLimits) -> VideoStream:
+    """The stream that a player shows: the one that is marked as the default, then the largest, then the first.
+
+    Raises:
+        ValueError: if there is no video stream, its codec is unknown, or its frames are beyond the limits.
+    """
     # The cover picture of a song is a video stream too.
     streams = [stream for stream in container.streams.video if not stream.disposition & _NOT_SHOWN]
     if not streams:
@@ -112,19 +118,15 @@ def _shown_stream(container: InputContainer, name: str) -> VideoStream:
         size = stream.codec_context.width * stream.codec_context.height
         return stream.frames != 1, bool(stream.disposition & Disposition.default), size
 
-    return max(decodable, key=rank)
-
-
-def _check_announcements(stream: VideoStream, path: str, name: str, limits: VideoLimits) -> None:
-    width, height = stream.codec_context.width, stream.codec_context.height
+    shown = max(decodable, key=rank)
+    width, height = shown.codec_context.width, shown.codec_context.height
     if width * height > limits.pixels:
         raise ValueError(
             f"{name} has frames of {width} x {height} pixels, more than {limits.pixels}: make them smaller, or raise "
             "`pixels` of `limits`."
         )
-    size = os.path.getsize(path)
-    if stream.frames > size:
-        raise ValueError(f"{name} announces {stream.frames} frames in {size} bytes: the file is damaged.")
+    shown.codec_context.options = {"max_pixels": str(limits.pixels)}  # a frame may be larger than announced
+    return shown
 
 
 class Decoder:
@@ -147,12 +149,7 @@ class Decoder:
         self.container, self.stream = open_video(path, name, limits)
         self.stream.thread_type = "AUTO"
         self.stream.thread_count = threads
-        context = self.stream.codec_context
-        context.options = {"max_pixels": str(limits.pixels)}
-        self._size = _display_size(
-            context.width, context.height, cast(Fraction, self.stream.sample_aspect_ratio), limits
-        )
-        self._reformatter = VideoReformatter()  # setting one up takes far longer than a conversion
+        self._pictures = PictureMaker(self.stream, limits)
 
     def __enter__(self) -> "Decoder":
         return self
@@ -163,7 +160,7 @@ class Decoder:
         self.stream.codec_context.flush_buffers()
         # Threads end as nothing refers to decoder and scaler any more; the traceback of an error may refer to `self`.
         self.container.close()
-        del self.container, self.stream, self._reformatter
+        del self.container, self.stream, self._pictures
 
     def frames(self, packets: Iterator[av.Packet | None]) -> Iterator[av.VideoFrame]:
         """Decodes packets, after which `None` brings out what the decoder still holds."""
@@ -215,9 +212,22 @@ class Decoder:
         self._is_damaged, self.num_errors = False, 0
 
     def convert(self, frame: av.VideoFrame) -> np.ndarray:
+        """See [`PictureMaker.convert`]."""
+        return self._pictures.convert(frame)
+
+
+class PictureMaker:
+    """Makes pictures of the frames of one stream, all of the same size before they are turned."""
+
+    def __init__(self, stream: VideoStream, limits: VideoLimits) -> None:
+        context = stream.codec_context
+        self._size = _display_size(context.width, context.height, cast(Fraction, stream.sample_aspect_ratio), limits)
+        self._reformatter = VideoReformatter()  # setting one up takes far longer than a conversion
+
+    def convert(self, frame: av.VideoFrame) -> np.ndarray:
         """The picture as a person would see it: upright, square pixels, transparent parts white.
 
-        Returns an array of shape `(height, width, 3)`; before they are turned all pictures have the same size.
+        Returns an array of shape `(height, width, 3)`.
         """
         width, height = self._size
         has_alpha = _has_alpha(frame.format)

@@ -52,7 +52,7 @@ def as_local_file(source: VideoSource, limits: VideoLimits) -> Iterator[tuple[st
             raise ValueError(f"{source!r} is a path of bytes: decode it with `os.fsdecode`.")
         scheme = location.partition("://")[0].lower() if "://" in location else ""
         if scheme in ("http", "https") and not os.path.exists(location):
-            name = f"'{_without_secrets(location)}'"
+            name = f"'{without_secrets(location)}'"
             with _temporary_copy(_download(location, name, limits), name, limits) as path:
                 yield path, name
             return
@@ -89,7 +89,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
     """The address without user name, password and query, which may hold a token."""
     host_and_path = url.partition("://")[2].partition("?")[0].partition("#")[0]
     host, slash, path = host_and_path.partition("/")
