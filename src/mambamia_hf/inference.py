@@ -190,8 +190,8 @@ def encode_video(
     checkpoint, video = os.fspath(checkpoint), os.fspath(video)
     check_part(start, end)
     check_video(video)
-    place = _device(device)
-    processor = _load_processor(checkpoint)
+    place = find_device(device)
+    processor = load_processor(checkpoint)
 
     watch = _Stopwatch(place)
     video_processor = processor.video_processor
@@ -211,7 +211,7 @@ def encode_video(
     )
     watch.lap("decode")
 
-    model = _load_model(checkpoint, place, dtype)
+    model = load_model(checkpoint, place, dtype)
     selection: dict[str, Any] = {"num_kept_frames": inputs["num_kept_frames"]}
     if delta_threshold is not None:
         selection = {"delta_threshold": delta_threshold, "delta_min_frames": 0}
@@ -269,7 +269,7 @@ def ask(
         return [encoded.ask(question, max_new_tokens) for question in questions]
 
 
-def _load_processor(checkpoint: str) -> MambaMiaProcessor:
+def load_processor(checkpoint: str) -> MambaMiaProcessor:
     """The processor of a checkpoint, once that is known to be one."""
     check_checkpoint(checkpoint)
     with _loading(checkpoint):
@@ -279,7 +279,7 @@ def _load_processor(checkpoint: str) -> MambaMiaProcessor:
         return MambaMiaProcessor.from_pretrained(checkpoint)
 
 
-def _load_model(checkpoint: str, device: torch.device, dtype: str | None) -> MambaMiaForConditionalGeneration:
+def load_model(checkpoint: str, device: torch.device, dtype: str | None) -> MambaMiaForConditionalGeneration:
     with _loading(checkpoint):
         config = MambaMiaConfig.from_pretrained(checkpoint)
         if dtype is None:
@@ -313,7 +313,7 @@ def _loading(checkpoint: str) -> Iterator[None]:
         ) from error
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
     """The device of that name, or the GPU where there is one; checked by a tensor on it."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -45,6 +45,13 @@ def seconds(value: str) -> float:
     return 3600 * hours + 60 * minutes + rest
 
 
+def interval(value: str) -> float:
+    """Seconds above 0, written as for `seconds`."""
+    if (length := seconds(value)) <= 0:
+        raise ArgumentTypeError(f"must be longer than 0 seconds, not '{value}'")
+    return length
+
+
 def device(value: str) -> str:
     if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d+)?", value, re.ASCII):
         raise ArgumentTypeError(f"must be cpu, cuda, mps or xpu, or one of several as cuda:1, not '{value}'")

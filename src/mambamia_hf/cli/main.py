@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import arguments, ask, demo
+from . import arguments, ask, demo, watch
 from .console import escape_unprintable, say, short_warnings
 
 
@@ -107,10 +107,48 @@ DEMO: Options = {
         },
     },
 }
+WATCH: Options = {
+    "": {
+        "source": {
+            "metavar": "SOURCE",
+            "type": arguments.text,
+            "help": "a file that may still grow, - for standard input, a pipe, a camera (/dev/video0), or an address "
+            "(http, https, rtsp, rtsps)",
+        },
+        "question": {"metavar": "QUESTION", "type": arguments.text, "help": "what to ask about it, again and again"},
+        "--every": {
+            "metavar": "TIME",
+            "type": arguments.interval,
+            "default": 30.0,
+            "help": "answer once per so many seconds of the video (default: 30)",
+        },
+        "--save": {"metavar": "FILE", "help": "at the end, also after Ctrl-C, save the memory for further questions"},
+        "--timeout": {
+            "metavar": "SECONDS",
+            "type": arguments.rate,
+            "default": 10.0,
+            "help": "how long to wait for something to come (default: 10)",
+        },
+        "--fps": {
+            "metavar": "R",
+            "type": arguments.rate,
+            "help": "look at R frames per second (default: 2, or as the checkpoint says)",
+        },
+        "--keep-frames": {
+            "metavar": "K",
+            "type": arguments.whole_number,
+            "default": 256,
+            "help": "hold at most K frames, those that matter most (default: 256)",
+        },
+        **{name: ASK[""][name] for name in ("--model", "--device", "--dtype", "--max-new-tokens")},
+        "--json": {"action": "store_true", "help": "print a JSON object per answer, each on a line of its own"},
+    },
+}
 # Of each command its function, its options, and what it does.
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Options, str]] = {
     "ask": (ask.run, ASK, "ask about a video"),
     "demo": (demo.run, DEMO, "ask about a small video with something hidden in it, and draw a picture of the answer"),
+    "watch": (watch.run, WATCH, "ask about a video that is still coming, once per interval"),
 }
 
 
