@@ -48,6 +48,11 @@ def restart_peak() -> int:
     return _status("VmRSS")
 
 
+def resident() -> int:
+    """The memory in bytes that this process holds (Linux)."""
+    return _status("VmRSS")
+
+
 def peak_rss() -> int:
     """The most memory in bytes that this process has held so far, or since `restart_peak` (Linux)."""
     return _status("VmHWM")

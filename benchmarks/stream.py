@@ -1,0 +1,208 @@
+"""Streams: whether memory stays level over a day, and how far a bidirectional compressor in windows is from offline.
+
+    python benchmarks/stream.py memory
+    PYTHONPATH=examples python benchmarks/stream.py windows
+
+`memory` pushes 24 hours of a synthetic stream at one frame per second into a tiny bidirectional model, one frame at a
+time, asks a question every ten minutes of it, and writes the resident memory of each hour. `windows` shows hour-long
+needle videos to the bundled checkpoint, offline and as streams, and compares anchors, Δ and answers.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import plot, report, resident
+from transformers import SiglipImageProcessor
+
+from mambamia_hf import (
+    BUNDLED_CHECKPOINT,
+    MambaMiaConfig,
+    MambaMiaForConditionalGeneration,
+    MambaMiaProcessor,
+    MambaMiaVideoProcessor,
+    VideoMemory,
+)
+
+
+HOURS, HOUR = 24, 3600
+ASK_EVERY, SAMPLE_EVERY = 600, 60  # seconds of the stream
+IMAGE_SIZE = 32
+
+# Window and look-ahead in frames, and how many frames are held of the 384 that are sampled from an hour.
+WINDOWS = [(32, 0), (8, 8), (32, 32), (64, 64)]
+KEPT = (384, 192)
+NUM_FRAMES = 384
+
+
+def tiny_model() -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    """An untrained model of some 100,000 parameters, with the tokenizer of the bundled checkpoint."""
+    torch.manual_seed(0)
+    tokenizer = MambaMiaProcessor.from_pretrained(BUNDLED_CHECKPOINT).tokenizer
+    vocabulary = tokenizer.get_vocab()
+    config = MambaMiaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        compressor_config={
+            "hidden_size": 40,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "state_size": 8,
+            "patches_per_anchor": 4,
+        },
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = MambaMiaProcessor(
+        image_processor=SiglipImageProcessor(size=size),
+        tokenizer=tokenizer,
+        video_processor=MambaMiaVideoProcessor(size=size),
+        tokens_per_frame=config.tokens_per_frame(),
+    )
+    return MambaMiaForConditionalGeneration(config).eval(), processor
+
+
+def measure_memory(hours: int) -> None:
+    model, processor = tiny_model()
+    stream = model.stream(processor)
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for hour in range(hours):
+        samples = []
+        for second in range(hour * HOUR, (hour + 1) * HOUR):
+            frame = torch.randint(0, 256, (1, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
+            stream.push(frame, [float(second)])
+            if second % ASK_EVERY == ASK_EVERY - 1:
+                stream.ask("What shape appears in the video?", max_new_tokens=4)
+            if second % SAMPLE_EVERY == SAMPLE_EVERY - 1:
+                samples.append(resident() / 1e6)
+        memory = stream.memory
+        rows.append(
+            {
+                "hour": hour + 1,
+                "MB, mean": statistics.mean(samples),
+                "MB, most": max(samples),
+                "frames": len(stream),
+                "held": len(memory),
+                "newest": memory.timestamps[-1],
+            }
+        )
+        print(rows[-1], flush=True)
+        report("stream_memory", rows)
+    plot(
+        "stream_memory",
+        "hour of the stream",
+        "resident memory, MB",
+        {"mean": ([row["hour"] for row in rows], [row["MB, mean"] for row in rows])},
+    )
+
+
+@torch.no_grad()
+def measure_windows(num_videos: int) -> None:
+    from needle.plan import TASKS
+    from needle.questions import multiple_choice
+    from needle.video import write_needle_video
+
+    model = MambaMiaForConditionalGeneration.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32).eval()
+    processor = MambaMiaProcessor.from_pretrained(BUNDLED_CHECKPOINT)
+    processor.video_processor.num_frames = NUM_FRAMES
+    found: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for seed in range(num_videos):
+        for task in TASKS:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "video.mp4"
+                settings: Any = {"duration": 3600.0, "fps": 1.0, "num_frames": NUM_FRAMES, "split": "test"}
+                video = write_needle_video(path, seed, task=task, **settings)
+                question = multiple_choice(video, seed)
+                inputs = processor.video_processor([str(path)], return_tensors="pt", return_metadata=True)
+            offline = model.encode_video(inputs, processor)
+            answers = {kept: ask(model, processor, offline.select(keep_frames=kept), question.prompt) for kept in KEPT}
+            for kept, answer in answers.items():
+                found["offline"][f"right, {kept} held"].append(answer == question.answer)
+            for window, look_ahead in WINDOWS:
+                results = found[window, look_ahead]
+                for kept in KEPT:
+                    stream = model.stream(processor, keep_frames=kept, window=window, look_ahead=look_ahead)
+                    push(stream, inputs["pixel_values_videos"][0], offline.timestamps)
+                    answer = stream.ask(question.prompt)
+                    results[f"right, {kept} held"].append(answer == question.answer)
+                    results[f"same, {kept} held"].append(answer == answers[kept])
+                    if kept == NUM_FRAMES:
+                        results["anchors"].append(relative_error(stream.memory.anchors, offline.anchors))
+                        results["delta"].append(relative_error(stream.memory.frame_deltas, offline.frame_deltas))
+    rows = []
+    for how, results in found.items():
+        window, look_ahead = (None, None) if how == "offline" else how
+        means = {name: statistics.mean(values) for name, values in results.items()}
+        rows.append({"window": window, "look-ahead": look_ahead, "questions": num_videos * len(TASKS), **means})
+    report("stream_windows", rows)
+
+
+def push(stream: Any, pixels: torch.Tensor, times: list[float]) -> None:
+    """Pixels that are prepared already."""
+    prepare, stream._pixels = stream._pixels, lambda frames: frames
+    for start in range(0, len(times), 32):
+        stream.push(pixels[start : start + 32], times[start : start + 32])
+    stream._pixels = prepare
+
+
+def ask(
+    model: MambaMiaForConditionalGeneration, processor: MambaMiaProcessor, memory: VideoMemory, question: str
+) -> str:
+    content = [{"type": "video", "video": memory}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("memory", "windows"))
+    parser.add_argument("--hours", type=int, default=HOURS)
+    parser.add_argument("--num_videos", type=int, default=16, help="videos per task")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.what == "memory":
+        measure_memory(arguments.hours)
+    else:
+        measure_windows(arguments.num_videos)
+
+
+if __name__ == "__main__":
+    main()
