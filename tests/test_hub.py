@@ -124,3 +124,31 @@ socket.create_connection = refuse
 import mambamia_hf
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+STRANGER_TO_MEMORIES = """
+import sys
+sys.modules["mambamia_hf"] = None
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, video, output = sys.argv[1:]
+trusted = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(folder, **trusted)
+model = AutoModelForImageTextToText.from_pretrained(folder, **trusted).eval()
+frames = torch.load(video)
+stream = model.stream(processor, keep_frames=3)
+stream.push(frames, list(range(len(frames))))
+torch.save({"answer": stream.ask("What appears?", max_new_tokens=4), "kept": stream.kept_frames}, output)
+"""
+
+
+def test_memories_and_streams_of_the_code_that_a_checkpoint_carries(tmp_path):
+    model, processor = tiny_checkpoint(tmp_path / "checkpoint")
+    frames = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    torch.save(frames, tmp_path / "frames.pt")
+    seen = run_stranger(
+        STRANGER_TO_MEMORIES, tmp_path, tmp_path / "checkpoint", tmp_path / "frames.pt", tmp_path / "seen.pt"
+    )
+    stream = model.eval().stream(processor, keep_frames=3)
+    stream.push(frames, list(range(7)))
+    assert seen == {"answer": stream.ask("What appears?", max_new_tokens=4), "kept": stream.kept_frames}

@@ -22,7 +22,7 @@ from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget, select_frames
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
-from .video_memory import VideoMemory, describe_images, encoder_fingerprint
+from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
 
 
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
@@ -615,7 +615,7 @@ def video_lengths(
         others = real_frames(frame_mask, pixel_values_videos, patch_features_videos).sum(dim=1).tolist()
     if video_memories is None:
         return others
-    strange = [type(memory).__name__ for memory in video_memories if not isinstance(memory, VideoMemory | None)]
+    strange = [type(memory).__name__ for memory in video_memories if not (memory is None or is_video_memory(memory))]
     if strange:
         raise ValueError(f"video_memories holds a {strange[0]}; give a VideoMemory or None for each video.")
     missing = sum(memory is None for memory in video_memories)

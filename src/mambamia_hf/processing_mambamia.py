@@ -19,7 +19,7 @@ from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
 from .frame_times import format_time, time_width
 from .tokenization_mambamia import load_tokenizer
-from .video_memory import VideoMemory
+from .video_memory import VideoMemory, is_video_memory
 from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs, TimedBatch
 
 
@@ -219,7 +219,7 @@ class MambaMiaProcessor(ProcessorMixin):
     def _process_videos(  # type: ignore[override]  # Transformers passes the options by name
         self, videos: Sequence[Any], keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
-        memories = [video if isinstance(video, VideoMemory) else None for video in videos]
+        memories = [video if is_video_memory(video) else None for video in videos]
         processed = self._process_frames(videos, memories, **{**kwargs, "return_metadata": True})
         for times in processed.get("video_timestamps", [None]):
             self.check_times(times)

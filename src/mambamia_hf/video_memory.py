@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -279,6 +279,12 @@ def _check(anchors: Tensor, deltas: Tensor | None, times: Tensor) -> None:
         )
 
 
+def is_video_memory(thing: Any) -> TypeGuard[VideoMemory]:
+    """Whether this is a video memory, also of another copy of this code: Transformers loads the code that a checkpoint
+    brings along once for its model and once for its processor."""
+    return type(thing).__name__ == VideoMemory.__name__ and hasattr(thing, "fingerprint")
+
+
 # What a file tells in words.
 _ABOUT = ("fingerprint", "name", "width", "height", "duration", "is_selected")
 
@@ -395,4 +401,4 @@ def _check_format(path: str, metadata: dict[str, str]) -> None:
         )
 
 
-__all__ = ["VideoMemory", "describe_images", "encoder_fingerprint"]
+__all__ = ["VideoMemory", "describe_images", "encoder_fingerprint", "is_video_memory"]

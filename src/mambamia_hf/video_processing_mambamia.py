@@ -30,7 +30,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_f
 from .frame_times import check_times
 from .video_decoding import decode_video
 from .video_index import TimedVideoMetadata
-from .video_memory import VideoMemory
+from .video_memory import VideoMemory, is_video_memory
 from .video_sources import VideoSource
 from .video_times import typical_step
 
@@ -264,7 +264,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     def _flatten_videos(self, item: Any, depth: int) -> list[VideoSource | np.ndarray | torch.Tensor | VideoMemory]:
         if isinstance(item, str | os.PathLike):
             return [os.fspath(item)]
-        if isinstance(item, bytes | VideoMemory) or hasattr(item, "read"):
+        if isinstance(item, bytes) or hasattr(item, "read") or is_video_memory(item):
             return [item]
         if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 5:
             return list(item)
