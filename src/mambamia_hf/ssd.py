@@ -112,11 +112,12 @@ def ssd_reference(
         states have the type that everything is computed in.
     """
     length, heads = x.shape[1:3]
+    num_chunks = (length + chunk_size - 1) // chunk_size
 
     def chunked(tensor: Tensor) -> Tensor:
         """`(b, l, ...)` to `(b, c, q, ...)`, filled up with tokens of step size zero, which change nothing."""
-        padding = (0, 0) * (tensor.dim() - 2) + (0, -length % chunk_size)
-        return nn.functional.pad(tensor.to(A.dtype), padding).unflatten(1, (-1, chunk_size))
+        padding = (0, 0) * (tensor.dim() - 2) + (0, num_chunks * chunk_size - length)
+        return nn.functional.pad(tensor.to(A.dtype), padding).unflatten(1, (num_chunks, chunk_size))
 
     def per_head(tensor: Tensor) -> Tensor:
         """`(b, c, g, ...)` to `(b, c, h, ...)`."""
@@ -158,9 +159,10 @@ def _states_between_chunks(added: Tensor, total: Tensor, states: Tensor) -> tupl
         The states before each chunk `(b, c, h, p, n)`, and those after the last.
     """
     num_chunks = added.shape[1]
-    missing = -num_chunks % _CHUNK_GROUP
-    total = nn.functional.pad(total, (0, missing)).unflatten(2, (-1, _CHUNK_GROUP))
-    added = nn.functional.pad(added, (0, 0) * 3 + (0, missing)).unflatten(1, (-1, _CHUNK_GROUP))
+    groups = (num_chunks + _CHUNK_GROUP - 1) // _CHUNK_GROUP
+    missing = groups * _CHUNK_GROUP - num_chunks
+    total = nn.functional.pad(total, (0, missing)).unflatten(2, (groups, _CHUNK_GROUP))
+    added = nn.functional.pad(added, (0, 0) * 3 + (0, missing)).unflatten(1, (groups, _CHUNK_GROUP))
 
     # Within a group: what its earlier chunks wrote, for every chunk and for its end.
     passed = nn.functional.pad(total, (1, 0)).cumsum(dim=-1)  # b h k j+1, from the start of the group
