@@ -184,7 +184,7 @@ def check_arguments(command: str) -> None:
     words = shlex.split(command, comments=True)
     while words and re.match(r"\w+=", words[0]):
         words.pop(0)
-    if words[0] in ("export", "pytest"):
+    if words[0] in ("export", "pytest", "transformers"):
         return
     if words[:2] == ["pip", "install"]:
         for extra in re.findall(r"\[(\w+)\]", command):
@@ -195,13 +195,17 @@ def check_arguments(command: str) -> None:
         if words[:2] == ["accelerate", "launch"]:
             assert words[2] == "--config_file" and (ROOT / words[3]).is_file(), command
             words = ["python", *words[4:]]
-        module, arguments = (words[2], words[3:]) if words[0] == "python" else ("mambamia_hf", words[1:])
         assert words[0] in ("python", "mambamia"), f"{command}: run, skip or check it"
+        if "--" in words:  # the rest is for another program
+            words = words[: words.index("--")]
+        module, arguments = (words[2], words[3:]) if words[0] == "python" else ("mambamia_hf", words[1:])
+        command_name = arguments[0] if words[0] == "mambamia" else "ask"
         for argument in arguments:
             if argument.endswith(".yaml"):
                 check_settings(ROOT / argument, module)
         options = {argument for argument in arguments if argument.startswith("--")}
-        assert options <= options_of(module), f"{command}: {options - options_of(module)}"
+        known = options_of(module, command_name)
+        assert options <= known, f"{command}: {options - known}"
 
 
 def check_settings(file: Path, module: str) -> None:
@@ -210,10 +214,10 @@ def check_settings(file: Path, module: str) -> None:
 
 
 @functools.cache
-def options_of(module: str) -> set[str]:
-    """The options that `python -m MODULE --help` lists."""
+def options_of(module: str, command: str = "ask") -> set[str]:
+    """The options that `python -m MODULE --help` lists, for `mambamia` those of a command."""
     printed, arguments = io.StringIO(), sys.argv
-    sys.argv = [module, *(["ask"] if module == "mambamia_hf" else []), "--help"]
+    sys.argv = [module, *([command] if module == "mambamia_hf" else []), "--help"]
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .frame_selection import frame_budget
 from .frame_times import time_characters, time_width
@@ -432,6 +436,11 @@ def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[s
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return height, width
+
+
+# Servers and trainers look up here what a model takes; `register` of the Auto classes adds nothing.
+for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names.setdefault(MambaMiaConfig.model_type, "MambaMiaForConditionalGeneration")
 
 
 __all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig"]

@@ -1,6 +1,8 @@
 """Frame selection by Δ, the importance of each frame: delta sampling and exact budgets, as pure functions."""
 
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +27,18 @@ def frame_budget(num_frames: int, keep_frames: int | None = None, keep_ratio: fl
     if keep_frames is not None and keep_ratio is not None:
         raise ValueError(f"Set keep_frames or keep_ratio, not both (got {keep_frames} and {keep_ratio}).")
     if keep_frames is not None:
-        if isinstance(keep_frames, bool) or not float(keep_frames).is_integer() or keep_frames < 1:
+        if not _is_number(keep_frames) or not float(keep_frames).is_integer() or keep_frames < 1:
             raise ValueError(f"keep_frames must be a whole number of at least 1, not {keep_frames}.")
         return min(int(keep_frames), num_frames)
     if keep_ratio is not None:
-        if not 0 < keep_ratio <= 1:
+        if not _is_number(keep_ratio) or not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio must lie above 0 and at most at 1, not {keep_ratio}.")
         return min(max(1, round(keep_ratio * num_frames)), num_frames)
     return num_frames
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def select_frames(

@@ -46,6 +46,7 @@ from .prompt_tokens import (
     take_tokens,
     tokens_to_keep,
 )
+from .request_errors import errors_for_servers
 from .tokenization_mambamia import load_tokenizer
 from .versions import CACHE_NAME, take_cache
 from .video_memory import VideoMemory
@@ -803,7 +804,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             kwargs[self._generation_cache_name] = cache
         indices, length = None, 0
         if any(media.get(name) is not None for name in _MEDIA):
-            indices, length = self._embed_prompt(prompt, cache, media, generation_config, kwargs)
+            with errors_for_servers():
+                indices, length = self._embed_prompt(prompt, cache, media, generation_config, kwargs)
         elif prompt is not None and (dropped := DroppedTokens.of(cache)) is not None:
             indices, length = self._drop_as_cached(prompt, cached_length(cache), dropped, kwargs), prompt.shape[1]
         if indices is None:
@@ -856,6 +858,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         )
         if not past_length:
             check_cached_tokens(cache, embedded.token_indices, length)
+        self._check_context(past_length + embedded.inputs_embeds.shape[1])
         if embedded.attention_mask is not None:
             kwargs["attention_mask"] = embedded.attention_mask
         if embedded.position_ids is not None:
@@ -875,6 +878,18 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if cache is not None and embedded.token_indices is not None:
             note_dropped_tokens(cache, past_length, embedded.token_indices, length)
         return embedded.token_indices, length
+
+    def _check_context(self, length: int) -> None:
+        """Refuses a prompt that is longer than what the language model reads."""
+        text = self.config.text_config
+        limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+        if limit is not None and "original_max_position_embeddings" in rope:
+            limit = max(limit, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"The prompt has {length} tokens without those of dropped frames, and the language model reads at "
+                f"most {limit}: keep fewer frames (`keep_frames`, `keep_ratio`) or sample fewer (`max_frames`)."
+            )
 
     @staticmethod
     def _drop_as_cached(

@@ -1,13 +1,17 @@
 """Processor of MambaMia: joins tokenizer, image processor and video processor, and makes room for the video tokens."""
 
+import difflib
+import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
@@ -18,9 +22,11 @@ from transformers.tokenization_utils_base import TextInput
 from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
 from .frame_times import format_time, time_width
+from .request_errors import errors_for_servers
 from .tokenization_mambamia import load_tokenizer
 from .video_memory import VideoMemory, is_video_memory
 from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs, TimedBatch
+from .video_sources import image_source, part_of
 
 
 # The dialogue format of Qwen2, with the assistant's turns marked for training. A checkpoint brings its own template.
@@ -35,6 +41,9 @@ _TIME_INSTRUCTION = (
 
 # What may close a video in a prompt, before the text goes on.
 _END_OF_VIDEO = re.compile(r"((?:<\|vision_end\|>)?)\n?")
+
+# What servers set for templates of any model.
+_FLAGS_OF_TEMPLATES = ("enable_thinking",)
 
 
 class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
@@ -165,6 +174,63 @@ class MambaMiaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "num_kept_frames"]
 
+    def apply_chat_template(  # type: ignore[override]  # the other arguments by name
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        num_frames: int | None = None,
+        load_audio_from_video: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As any processor's, for conversations about videos and images.
+
+        Args:
+            conversation: one conversation or a list of them. An entry of type `"video"` may have `video_start` and
+                `video_end`, seconds between which its frames are sampled.
+            chat_template: as in Transformers.
+            num_frames: the largest number of frames of each video, which servers send with every video: that of
+                `max_frames`. Ask for exactly so many by `processor_kwargs={"num_frames": ...}`.
+            load_audio_from_video: ignored: sound is not used.
+            processor_kwargs: what the processor is called with.
+            kwargs: as in Transformers. Options of the processor may stand here, too.
+
+        Raises:
+            ValueError, OSError: for media or settings that cannot be used. In a server they are `HTTPException`s, too.
+        """
+        options = {} if num_frames is None else {"max_frames": num_frames}
+        options |= processor_kwargs or {}
+        with errors_for_servers():
+            for name in self._processor_options(chat_template, kwargs):
+                options[name] = kwargs.pop(name)
+            frame_budget(1, options.get("keep_frames"), options.get("keep_ratio"))
+            return super().apply_chat_template(
+                _with_parts(conversation), chat_template, processor_kwargs=options, **kwargs
+            )
+
+    def _processor_options(self, chat_template: str | None, options: Iterable[str]) -> list[str]:
+        """Those of the options of `apply_chat_template` that are the processor's.
+
+        Raises:
+            ValueError: for one that nothing would look at; Transformers ignores it.
+        """
+        own = set()
+        for kind in (
+            self.valid_processor_kwargs,
+            self.image_processor.valid_kwargs,
+            self.video_processor.valid_kwargs,
+        ):
+            for name, value in kind.__annotations__.items():
+                own |= {name, *getattr(value, "__annotations__", {})}
+        known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *_FLAGS_OF_TEMPLATES}
+        known |= set(re.findall(r"\w+", f"{self.chat_template} {chat_template}"))
+        for name in options:
+            if name not in own | known:
+                similar = difflib.get_close_matches(name, own, n=1)
+                hint = f"did you mean '{similar[0]}'?" if similar else "leave it out."
+                raise ValueError(f"Neither the processor nor its chat template has an option '{name}': {hint}")
+        return [name for name in options if name in own - known]
+
     def prepare_inputs_layout(  # type: ignore[override]  # the base class declares no `self`
         self,
         images: Any = None,
@@ -174,7 +240,7 @@ class MambaMiaProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         if images is not None:
-            images = make_flat_list_of_images(self._load_images(images))
+            images = make_flat_list_of_images(self._load_images(images)) if _has_any(images) else None
         if videos is not None:
             videos = self.video_processor.make_video_list(videos)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -182,14 +248,14 @@ class MambaMiaProcessor(ProcessorMixin):
     def _load_images(self, images: Any) -> Any:
         if isinstance(images, list | tuple):
             return [self._load_images(image) for image in images]
-        if isinstance(images, str | os.PathLike):
-            try:
-                return self.image_processor.fetch_images(os.fspath(images))
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"'{images}' cannot be read as an image ({error}): check the path, and pass videos as videos."
-                ) from error
-        return images
+        try:
+            source = image_source(images)
+            return self.image_processor.fetch_images(source) if isinstance(source, str | Image.Image) else source
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{reprlib.repr(images)} cannot be read as an image ({reprlib.repr(str(error))}): check the path, and "
+                "pass videos as videos."
+            ) from error
 
     def validate_inputs(  # type: ignore[override]  # the base class declares no `self`
         self,
@@ -242,6 +308,11 @@ class MambaMiaProcessor(ProcessorMixin):
         """What the video processor returns for videos that are no memories, and the memories."""
         if all(memory is None for memory in memories):
             return self.video_processor(videos, video_metadata=video_metadata, **kwargs)
+        if any(kwargs.get(name) is not None for name in ("video_start", "video_end")):
+            raise ValueError(
+                "`video_start` and `video_end` cut videos, not memories of them: pass `memory.select(start=..., "
+                "end=...)`."
+            )
         others = [video for video, memory in zip(videos, memories, strict=True) if memory is None]
         if isinstance(video_metadata, list | tuple) and len(video_metadata) == len(videos):
             video_metadata = [about for about, memory in zip(video_metadata, memories, strict=True) if memory is None]
@@ -415,6 +486,29 @@ def _with_line(text: str, end: int, line: str) -> tuple[str, int]:
     assert mark is not None  # it matches nothing at all, too
     longer = f"{text[:end]}{mark[1]}\n{line}\n{text[mark.end() :]}"
     return longer, len(longer) - len(text)
+
+
+def _with_parts(conversation: Any) -> Any:
+    """A conversation, or a list of them, in which videos with `video_start` or `video_end` are parts of videos."""
+    if isinstance(conversation, list | tuple):
+        return [_with_parts(item) for item in conversation]
+    if isinstance(conversation, dict) and isinstance(conversation.get("content"), list | tuple):
+        return {**conversation, "content": [_as_part(entry) for entry in conversation["content"]]}
+    return conversation
+
+
+def _as_part(entry: Any) -> Any:
+    if not isinstance(entry, dict) or entry.get("type") != "video":
+        return entry
+    source = next((entry[name] for name in ("video", "url", "path") if entry.get(name) is not None), None)
+    if source is None or not {"video_start", "video_end"} & entry.keys():
+        return entry
+    return {"type": "video", "video": part_of(source, entry.get("video_start"), entry.get("video_end"))}
+
+
+def _has_any(images: Any) -> bool:
+    """Whether there is an image in nested lists, which are empty where a batch has none."""
+    return any(map(_has_any, images)) if isinstance(images, list | tuple) else True
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int | None:

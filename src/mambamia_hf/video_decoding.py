@@ -33,6 +33,9 @@ _MAX_NAMED = 8
 
 _DEFAULT_LIMITS = VideoLimits()
 
+# So many frames of another decoder are held at full size.
+_DECODED_AT_ONCE = 16
+
 # More decoders would hold more pictures than is worth the time that they save.
 _MAX_THREADS = 8
 
@@ -321,6 +324,48 @@ def decode_video(
     metadata = copy(reader.metadata)
     metadata.frames_indices = batch.indices
     return batch.data, metadata
+
+
+def is_decoder(source: Any) -> bool:
+    """Whether this is a `VideoDecoder` of torchcodec, as `datasets` makes of a video, or one like it."""
+    return hasattr(source, "get_frames_at") and hasattr(source, "metadata")
+
+
+def frames_of_decoder(
+    decoder: Any, sample_indices_fn: Callable[..., np.ndarray] | None = None, transform: Transform | None = None
+) -> tuple[torch.Tensor, TimedVideoMetadata]:
+    """As [`decode_video`], with a `VideoDecoder` of torchcodec.
+
+    It tells the times of frames only as it decodes them, so frames are chosen as if they were equally far apart. The
+    metadata have the true times of those that were decoded.
+
+    Raises:
+        ValueError: if the decoder does not know how many frames there are, or their rate.
+    """
+    known = decoder.metadata
+    if not known.num_frames or not known.average_fps:
+        raise ValueError(
+            f"The decoder tells of {known.num_frames} frames at a rate of {known.average_fps}: pass the path of the "
+            "file in its place."
+        )
+    metadata = TimedVideoMetadata(
+        total_num_frames=known.num_frames,
+        fps=known.average_fps,
+        duration=known.num_frames / known.average_fps,
+        width=known.width,
+        height=known.height,
+        frame_timestamps=np.arange(known.num_frames) / known.average_fps,
+    )
+    indices = np.arange(known.num_frames) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+    frames: list[torch.Tensor] = []
+    for part in np.array_split(indices, max(len(indices) // _DECODED_AT_ONCE, 1)):
+        batch = decoder.get_frames_at(indices=part.tolist())
+        start = known.begin_stream_seconds or 0.0
+        metadata.frame_timestamps[part] = batch.pts_seconds.numpy() - start
+        pictures = batch.data if batch.data.shape[1] == 3 else batch.data.permute(0, 3, 1, 2)
+        frames.extend(pictures.cpu() if transform is None else map(transform, pictures.cpu()))
+    metadata.frames_indices = indices.tolist()
+    return torch.stack(frames), metadata
 
 
 class _SeekError(Exception):

@@ -28,10 +28,10 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_frame, make_batched_metadata
 
 from .frame_times import check_times
-from .video_decoding import decode_video
+from .video_decoding import decode_video, frames_of_decoder, is_decoder
 from .video_index import TimedVideoMetadata
-from .video_memory import VideoMemory, is_video_memory
-from .video_sources import VideoSource
+from .video_memory import is_video_memory
+from .video_sources import VideoPart, content_of, part_of
 from .video_times import typical_step
 
 
@@ -51,6 +51,11 @@ _CHUNK_FRAMES = 32
 
 class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
     """
+    max_frames (`int`, *optional*):
+        The largest number of frames sampled from each video: all of them where there are fewer, or with `fps` as many
+        per second.
+    video_start, video_end (`float`, *optional*):
+        The seconds between which frames are sampled, by default those of the whole video.
     progress (`bool`, *optional*, defaults to `False`):
         Whether to show a progress bar while a video file is decoded.
     seek_mode (`str`, *optional*, defaults to `"exact"`):
@@ -60,6 +65,9 @@ class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
         Ignored: sound is not used. Servers pass it with every video.
     """
 
+    max_frames: int | None
+    video_start: float | int | None
+    video_end: float | int | None
     progress: bool | None
     seek_mode: str | None
     load_audio_from_video: bool | None
@@ -165,14 +173,46 @@ def _timestamps(metadata: VideoMetadata, num_frames: int) -> list[float] | None:
     return times
 
 
+def _cut(metadata: VideoMetadata, start: float, end: float | None) -> tuple[int, VideoMetadata]:
+    """The number of the first frame between two times, that on display at the start, and metadata of these frames."""
+    if isinstance(metadata, TimedVideoMetadata):
+        times, duration = metadata.frame_timestamps, float(metadata.duration or 0)
+    elif metadata.fps:
+        times, duration = np.arange(metadata.total_num_frames) / metadata.fps, metadata.total_num_frames / metadata.fps
+    else:
+        raise ValueError(
+            f"`video_start={start:g}` is a time, and the frame rate of this video is unknown: pass `video_metadata` "
+            "with its `fps`."
+        )
+    stop = duration if end is None else min(end, duration)
+    if start >= stop:
+        raise ValueError(f"The video ends after {duration:g} seconds: let it start before that, not at {start:g}.")
+    first = max(int(np.searchsorted(times, start + 1e-3, side="right")) - 1, 0)
+    times = times[first : np.searchsorted(times, stop, side="left")]
+    part = TimedVideoMetadata(
+        total_num_frames=len(times),
+        fps=len(times) / (stop - start),
+        duration=stop - start,
+        frame_timestamps=np.maximum(times - start, 0.0),
+    )
+    return first, part
+
+
+def _all_frames(metadata: VideoMetadata, video_start: float, video_end: float | None) -> np.ndarray:
+    """The numbers of all frames between two times."""
+    first, part = _cut(metadata, video_start, video_end)
+    return first + np.arange(part.total_num_frames)
+
+
 class MambaMiaVideoProcessor(BaseVideoProcessor):
     """
     Turns videos into the `pixel_values_videos` that the vision tower takes.
 
     Frames are sampled uniformly over the whole duration of a video: the duration is divided into equal parts, and the
     frame on display in the middle of each part is taken. By default there are up to `fps` frames per second and at
-    most `num_frames`. In a call, `num_frames=N` asks for exactly N frames, and `fps=r` for r frames per second, still
-    at most the `num_frames` of this processor; the two together are an error.
+    most `num_frames`. In a call, `num_frames=N` asks for exactly N frames, `max_frames=N` for N or, of a shorter
+    video, all of them, and `fps=r` for r frames per second, still at most `max_frames` or the `num_frames` of this
+    processor.
 
     Args:
         num_frames (`int`, *optional*, defaults to 384):
@@ -213,8 +253,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
 
         Args:
             videos:
-                Videos as paths, URLs, the bytes of files, open files, lists of frames, arrays or tensors, one or a
-                (nested) list of them.
+                Videos as paths, addresses (`https://`, `file://`, `data:`), the bytes of files, open files,
+                dictionaries with `path` or `bytes` as of `datasets`, decoders of torchcodec, lists of frames, arrays
+                or tensors, one or a (nested) list of them. [`VideoPart`] stands for a part of one.
             kwargs: Settings that differ from those of this processor for this call.
 
         Returns:
@@ -248,10 +289,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             batch.update(BatchFeature({"video_timestamps": padded}, tensor_type=options.get("return_tensors")))
         return batch
 
-    def make_video_list(self, videos: VideoInput) -> list[VideoSource | np.ndarray | torch.Tensor | VideoMemory]:
+    def make_video_list(self, videos: VideoInput) -> list[Any]:
         """
-        Flattens the ways of passing videos into one list with one entry per video: a path, URL, bytes or open file,
-        an array or tensor of 4 dimensions, or a memory.
+        Flattens the ways of passing videos into one list with one entry per video: a path, address, bytes, open file,
+        decoder, array or tensor of 4 dimensions, or memory, or a [`VideoPart`] of one of these.
 
         A list of paths or URLs is a list of videos. Where they are nested as deeply as a chat nests them, conversation
         by conversation and video by video, they are the images that are the frames of one video.
@@ -261,10 +302,15 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         """
         return self._flatten_videos(videos, depth=0)
 
-    def _flatten_videos(self, item: Any, depth: int) -> list[VideoSource | np.ndarray | torch.Tensor | VideoMemory]:
+    def _flatten_videos(self, item: Any, depth: int) -> list[Any]:
+        item = content_of(item)
+        if isinstance(item, VideoPart):
+            return [self._flat_part(item, depth)]
         if isinstance(item, str | os.PathLike):
             return [os.fspath(item)]
-        if isinstance(item, bytes) or hasattr(item, "read") or is_video_memory(item):
+        if isinstance(item, bytes | bytearray | memoryview) or hasattr(item, "read"):
+            return [item]
+        if is_video_memory(item) or is_decoder(item):
             return [item]
         if isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 5:
             return list(item)
@@ -277,8 +323,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             )
         if not isinstance(item, list | tuple):
             raise ValueError(
-                f"`videos` holds {reprlib.repr(item)} ({type(item).__name__}): pass a video as a path, a URL, the "
-                "bytes of a file, an open file, a list of frames or an array of 4 dimensions."
+                f"`videos` holds {reprlib.repr(item)} ({type(item).__name__}): pass a video as a path, an "
+                "address, the bytes of a file, an open file, a list of frames or an array of 4 dimensions."
             )
         if item and all(is_valid_video_frame(frame) for frame in item):
             return [_stack_frames(item)]
@@ -286,11 +332,25 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             return [_stack_frames([load_image(frame) for frame in item])]
         return [video for child in item for video in self._flatten_videos(child, depth + 1)]
 
+    def _flat_part(self, part: VideoPart, depth: int) -> VideoPart:
+        whole = self._flatten_videos(part.source, depth)
+        if len(whole) != 1:
+            raise ValueError(f"A `VideoPart` holds {len(whole)} videos: make one of each.")
+        if is_video_memory(whole[0]):
+            raise ValueError(
+                "`video_start` and `video_end` cut videos, not memories of them: pass `memory.select(start=..., "
+                "end=...)`."
+            )
+        return VideoPart(whole[0], part.start, part.end)
+
     def sample_frames(
         self,
         metadata: VideoMetadata,
         num_frames: int | None = None,
         fps: float | None = None,
+        max_frames: int | None = None,
+        video_start: float | None = None,
+        video_end: float | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
         """
@@ -304,21 +364,32 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 The exact number of frames to sample.
             fps (`float`, *optional*):
                 The number of frames to sample from each second, instead of the `fps` of this processor.
+            max_frames (`int`, *optional*):
+                The largest number of frames to sample, instead of the `num_frames` of this processor. Without `fps`,
+                so many are sampled, or all where there are fewer.
+            video_start, video_end (`float`, *optional*):
+                The seconds between which to sample, by default the whole video. The frame on display at the start is
+                the first of this part.
 
         Returns:
             `np.ndarray`: The numbers of the frames, ascending.
 
         Raises:
-            ValueError: if both are given, if the video has fewer than `num_frames` frames, or if `fps` is given for
-                a video of unknown frame rate.
+            ValueError: if `num_frames` and another number are given, if the video has fewer than `num_frames` frames,
+                if `fps` or a part is asked of a video of unknown frame rate, or if there is no such part.
         """
-        if num_frames is not None and fps is not None:
+        if num_frames is not None and (fps is not None or max_frames is not None):
+            name, value = ("fps", fps) if fps is not None else ("max_frames", max_frames)
             raise ValueError(
-                f"`num_frames={num_frames}` and `fps={fps}` are mutually exclusive arguments: pass only one of them."
+                f"`num_frames={num_frames}` and `{name}={value}` are mutually exclusive arguments: pass only one of "
+                "them."
             )
+        first = 0
+        if video_start is not None or video_end is not None:
+            first, metadata = _cut(metadata, video_start or 0.0, video_end)
         total = metadata.total_num_frames
         if num_frames is None:
-            num_frames = self._default_num_frames(metadata, fps)
+            num_frames = self._default_num_frames(metadata, fps, max_frames)
         elif not 1 <= num_frames <= total:
             raise ValueError(
                 f"`num_frames={num_frames}` cannot be sampled from a video of {total} frames: ask for 1 to {total}."
@@ -326,10 +397,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         middles = (np.arange(num_frames) + 0.5) / num_frames
         if isinstance(metadata, TimedVideoMetadata):
             start = float(metadata.frame_timestamps[0])  # later than 0 where a user's frames are
-            return metadata.frames_shown_at(start + middles * (metadata.duration - start))
-        return (middles * total + 1e-6).astype(int)
+            return first + metadata.frames_shown_at(start + middles * (metadata.duration - start))
+        return first + (middles * total + 1e-6).astype(int)
 
-    def _default_num_frames(self, metadata: VideoMetadata, fps: float | None) -> int:
+    def _default_num_frames(self, metadata: VideoMetadata, fps: float | None, max_frames: int | None) -> int:
         """How many frames to sample where no exact number is asked for."""
         duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
         if fps is not None and duration is None:
@@ -339,8 +410,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             )
         if fps is not None and fps <= 0:
             raise ValueError(f"`fps={fps}` frames per second cannot be sampled: ask for more than 0.")
-        rate = fps or self.fps
-        count = min(metadata.total_num_frames, self.num_frames or metadata.total_num_frames)
+        if max_frames is not None and max_frames < 1:
+            raise ValueError(f"`max_frames={max_frames}` leaves no frame: allow at least 1.")
+        rate = fps or (self.fps if max_frames is None else None)
+        count = min(metadata.total_num_frames, max_frames or self.num_frames or metadata.total_num_frames)
         if rate and duration:
             # Containers may round times to milliseconds, which must not cost a frame.
             count = min(count, max(1, int((duration + 1e-3) * rate)))
@@ -365,15 +438,18 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         self,
         videos: VideoInput,
         video_metadata: Any = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
         **kwargs: Any,
     ) -> tuple[list[torch.Tensor], list[VideoMetadata]]:
         """The sampled frames, of shape `(num_frames, channels, height, width)`, and the metadata of every video."""
         options = {
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _READING_OPTIONS
         }
-        flat_videos = self.make_video_list(videos)
+        start_and_end = kwargs.get("video_start"), kwargs.get("video_end")
+        parts = [
+            video if isinstance(video, VideoPart) else part_of(video, *start_and_end)
+            for video in self.make_video_list(videos)
+        ]
+        flat_videos = [part.source if isinstance(part, VideoPart) else part for part in parts]
         if not flat_videos:
             raise ValueError("`videos` is an empty list: pass at least one video.")
         given_metadata = [None] * len(flat_videos) if video_metadata is None else _flat_metadata(video_metadata)
@@ -383,21 +459,38 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 "for each video."
             )
 
-        sample = partial(self.sample_frames, num_frames=num_frames, fps=fps) if options["do_sample_frames"] else None
+        numbers = {name: kwargs.get(name) for name in ("num_frames", "fps", "max_frames")}
         resize = None
         if options["do_resize"]:
             size = self._standardize_kwargs(size=options["size"], default_to_square=options["default_to_square"])
             resize = partial(self.resize, size=size["size"], resample=options["resample"])
 
         loaded = []
-        for video, known in zip(flat_videos, given_metadata, strict=True):
-            if not isinstance(video, np.ndarray | torch.Tensor):
-                reading: Any = {"progress": options["progress"], "seek_mode": options["seek_mode"]}
-                loaded.append(self.fetch_videos(cast(Any, video), sample, transform=resize, **reading))
-            else:
+        for part, video, known in zip(parts, flat_videos, given_metadata, strict=True):
+            sample = self._sampling(part, numbers if options["do_sample_frames"] else None)
+            if isinstance(video, np.ndarray | torch.Tensor):
                 metadata = _as_metadata(known, video)
                 loaded.append(_sample_array(video, metadata, sample, kwargs.get("input_data_format")))
+            elif is_decoder(video):
+                loaded.append(frames_of_decoder(video, sample, resize))
+            else:
+                reading: Any = {"progress": options["progress"], "seek_mode": options["seek_mode"]}
+                loaded.append(self.fetch_videos(cast(Any, video), sample, transform=resize, **reading))
         return [frames for frames, _ in loaded], [metadata for _, metadata in loaded]
+
+    def _sampling(self, video: Any, numbers: dict[str, Any] | None) -> Callable[..., np.ndarray] | None:
+        """Which frames of a video to take, given its metadata; None for all of them.
+
+        Args:
+            video: a source or a part of one.
+            numbers: how many frames to sample, arguments of `sample_frames`; None to take them all.
+        """
+        part: dict[str, Any] = {}
+        if isinstance(video, VideoPart):
+            part = {"video_start": video.start, "video_end": video.end}
+        if numbers is not None:
+            return partial(self.sample_frames, **numbers, **part)
+        return partial(_all_frames, **part) if part else None
 
     def _preprocess(  # type: ignore[override]  # that of images is meant
         self,

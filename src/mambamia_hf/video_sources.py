@@ -1,5 +1,8 @@
-"""Where a video comes from: a path, a URL, bytes or an open file; in any case a local file while it is read."""
+"""Where a video comes from: a path, an address, bytes or an open file; in any case a local file while it is read."""
 
+import base64
+import binascii
+import io
 import os
 import sys
 import tempfile
@@ -7,16 +10,84 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from huggingface_hub.utils import httpx
+from PIL import Image
 
 
 VideoSource = str | os.PathLike | bytes | BinaryIO
 
 _COPY_BYTES = 1 << 20
+
+
+class VideoPart:  # no dataclass: Transformers makes dictionaries of those in a chat
+    """A video of which only a part counts.
+
+    Args:
+        source: The video, in any form that the video processor takes.
+        start (`float`, *optional*, defaults to 0.0): The second from which on frames are sampled.
+        end (`float`, *optional*): The second until which frames are sampled, by default the end of the video.
+
+    Raises:
+        ValueError: if no video has such a part.
+    """
+
+    def __init__(self, source: Any, start: float = 0.0, end: float | None = None) -> None:
+        if not 0 <= start < (float("inf") if end is None else end):
+            raise ValueError(
+                f"There is nothing from `video_start={start}` to `video_end={end}` seconds: give a start from 0 on "
+                "and a later end."
+            )
+        self.source, self.start, self.end = source, start, end
+
+
+def content_of(source: Any) -> Any:
+    """What to read where a source is a dictionary, as data sets have it: its `bytes`, or else the file at its `path`.
+
+    With `video_start` or `video_end` in it, it stands for that part of the video. Anything else is what it is.
+
+    Raises:
+        ValueError: for a dictionary without a file.
+    """
+    if not isinstance(source, dict):
+        return source
+    content = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if content is None:
+        raise ValueError(
+            f"A video or image is given as a dictionary with {', '.join(map(repr, source)) or 'nothing'} in it: give "
+            "it `bytes` or a `path`."
+        )
+    return part_of(content, source.get("video_start"), source.get("video_end"))
+
+
+def image_source(source: Any) -> Any:
+    """What Transformers' loading of images takes in place of a source: a picture, a path or another address."""
+    source = content_of(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return Image.open(io.BytesIO(source))
+    if isinstance(source, str | os.PathLike):
+        return local_path(os.fspath(source))
+    return Image.open(source) if hasattr(source, "read") else source
+
+
+def part_of(source: Any, start: float | None, end: float | None) -> Any:
+    """The source itself where neither time is given, else a [`VideoPart`] of it."""
+    return source if start is None and end is None else VideoPart(source, 0.0 if start is None else start, end)
+
+
+def is_address(location: str) -> bool:
+    """Whether this is an address (`http://`, `https://`, `file://`, `data:`) rather than a path."""
+    return location.lower().startswith(("http://", "https://", "file://", "data:"))
+
+
+def local_path(location: str) -> str:
+    """The path that a `file://` address stands for; other places stay as they are."""
+    if location[:7].lower() == "file://" and not os.path.exists(location):
+        return url2pathname(urlsplit(location).path)
+    return location
 
 
 @dataclass(frozen=True)
@@ -46,31 +117,12 @@ def as_local_file(source: VideoSource, limits: VideoLimits) -> Iterator[tuple[st
         FileNotFoundError: if there is no file at the path.
         ValueError: if the source is a folder, empty, beyond the limits, cannot be downloaded, or is of another type.
     """
+    source = content_of(source)
     if isinstance(source, str | os.PathLike):
-        location = os.fspath(source)
-        if not isinstance(location, str):
-            raise ValueError(f"{source!r} is a path of bytes: decode it with `os.fsdecode`.")
-        scheme = location.partition("://")[0].lower() if "://" in location else ""
-        if scheme in ("http", "https") and not os.path.exists(location):
-            name = f"'{without_secrets(location)}'"
-            with _temporary_copy(_download(location, name, limits), name, limits) as path:
-                yield path, name
-            return
-        if scheme == "file" and not os.path.exists(location):
-            location = url2pathname(urlsplit(location).path)
-        name = f"'{printable(location)}'"
-        if location == "-":
-            with _temporary_copy(_blocks(sys.stdin.buffer), "The standard input", limits) as path:
-                yield path, "The standard input"
-        elif _is_stream(location):
-            with open(location, "rb") as file, _temporary_copy(_blocks(file), name, limits) as path:
-                yield path, name
-        else:
-            _check_path(location, name)
-            with _encodable(location) as path:
-                yield path, name
-    elif isinstance(source, bytes):
-        with _temporary_copy([source], "The given video", limits) as path:
+        with _file_at(os.fspath(source), limits) as file:
+            yield file
+    elif isinstance(source, bytes | bytearray | memoryview):
+        with _temporary_copy([bytes(source)], "The given video", limits) as path:
             yield path, "The given video"
     elif hasattr(source, "read"):
         if hasattr(source, "seekable") and source.seekable():
@@ -79,9 +131,44 @@ def as_local_file(source: VideoSource, limits: VideoLimits) -> Iterator[tuple[st
             yield path, "The given video"
     else:
         raise ValueError(
-            f"A source of type {type(source).__name__} is not a video: pass a path, a URL, the bytes of a file or an "
-            "open file."
+            f"A source of type {type(source).__name__} is not a video: pass a path, an address, the bytes of a file "
+            "or an open file."
         )
+
+
+@contextmanager
+def _file_at(location: str | bytes, limits: VideoLimits) -> Iterator[tuple[str, str]]:
+    """As `as_local_file`, for a path or an address."""
+    if isinstance(location, bytes):
+        raise ValueError(f"{location!r} is a path of bytes: decode it with `os.fsdecode`.")
+    if is_address(location) and not os.path.exists(location):
+        blocks, name = _content_at(location, limits)
+        if blocks is not None:
+            with _temporary_copy(blocks, name, limits) as path:
+                yield path, name
+            return
+        location = local_path(location)
+    name = f"'{printable(location)}'"
+    if location == "-":
+        with _temporary_copy(_blocks(sys.stdin.buffer), "The standard input", limits) as path:
+            yield path, "The standard input"
+    elif _is_stream(location):
+        with open(location, "rb") as file, _temporary_copy(_blocks(file), name, limits) as path:
+            yield path, name
+    else:
+        _check_path(location, name)
+        with _encodable(location) as path:
+            yield path, name
+
+
+def _content_at(address: str, limits: VideoLimits) -> tuple[Iterable[bytes] | None, str]:
+    """The content at an address, None for that of a local file, and what to call it in messages."""
+    if address[:5].lower() == "data:":
+        return [_data(address)], "The given video"
+    if address[:7].lower() == "file://":
+        return None, address
+    name = f"'{without_secrets(address)}'"
+    return _download(address, name, limits), name
 
 
 def printable(text: str) -> str:
@@ -94,6 +181,20 @@ def without_secrets(url: str) -> str:
     host_and_path = url.partition("://")[2].partition("?")[0].partition("#")[0]
     host, slash, path = host_and_path.partition("/")
     return printable(url.partition("://")[0] + "://" + host.rpartition("@")[2] + slash + path)
+
+
+def _data(address: str) -> bytes:
+    """The content of a `data:` address."""
+    kind, comma, text = address.partition(",")
+    content = unquote_to_bytes(text)
+    if not kind.endswith(";base64"):
+        return content
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ValueError(
+            f"The video given as '{printable(kind[:80])}{comma}...' is no base64 ({error}): encode the whole file."
+        ) from None
 
 
 def _is_stream(path: str) -> bool:
@@ -125,7 +226,10 @@ def _encodable(path: str) -> Iterator[str]:
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: file.read(_COPY_BYTES), b"")
+    while block := file.read(_COPY_BYTES):
+        if not isinstance(block, bytes):
+            raise ValueError(f"The open file gives {type(block).__name__}, not bytes: open it in binary mode, 'rb'.")
+        yield block
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD_INPUT = [
-    ([], "{ask,demo,watch}"),
+    ([], "{ask,demo,"),
     (["answer"], "answer"),
     (["ask", "video.mp4"], "QUESTION"),
     (["ask", "video.mp4", " "], "QUESTION: is empty"),

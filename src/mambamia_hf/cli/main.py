@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import arguments, ask, demo, watch
+from . import arguments, ask, demo, serve, watch
 from .console import escape_unprintable, say, short_warnings
 
 
@@ -144,11 +144,25 @@ WATCH: Options = {
         "--json": {"action": "store_true", "help": "print a JSON object per answer, each on a line of its own"},
     },
 }
+SERVE: Options = {
+    "": {
+        "--model": ASK[""]["--model"],
+        "--host": {"metavar": "NAME", "default": "localhost", "help": "where to listen (default: localhost)"},
+        "--port": {
+            "metavar": "N",
+            "type": arguments.whole_number,
+            "default": 8000,
+            "help": "where to listen (default: 8000)",
+        },
+        "options": {"metavar": "OPTION", "nargs": "*", "help": "after --: other options of `transformers serve`"},
+    },
+}
 # Of each command its function, its options, and what it does.
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Options, str]] = {
     "ask": (ask.run, ASK, "ask about a video"),
     "demo": (demo.run, DEMO, "ask about a small video with something hidden in it, and draw a picture of the answer"),
     "watch": (watch.run, WATCH, "ask about a video that is still coming, once per interval"),
+    "serve": (serve.run, SERVE, "answer requests in OpenAI's format, by Transformers' own server"),
 }
 
 

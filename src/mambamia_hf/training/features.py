@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from ..files import atomic_write
 from .media import FIRST_TRIES, TIMES, MediaReader, Medium, VisionFeatures, times_name
-from .records import load_records, media_path, parse_record
+from .records import load_records, parse_record, whole_path
 
 
 @dataclass
@@ -142,7 +142,7 @@ def media_files(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         except ValueError as error:
             print(f"{error} It is left out.")
             continue
-        files |= {str(media_path(source)): kind for kind, source in media}
+        files |= {str(whole_path(source)): kind for kind, source in media}
     return [(kind, path) for path, kind in files.items()]
 
 

@@ -3,22 +3,20 @@
 import copy
 import functools
 import hashlib
-import io
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from transformers.image_utils import load_image
 
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
 from ..processing_mambamia import MambaMiaProcessor
-from .records import media_path
+from ..video_sources import image_source, is_address
+from .records import media_path, whole_path
 
 
 # When this many records or files are all unusable from the start, the settings are wrong rather than the media.
@@ -76,39 +74,28 @@ class MediaReader:
 
     def locate(self, path: str) -> str:
         """The path of a file from here, given as a record has it; addresses stay as they are."""
-        is_address = path.startswith(("http://", "https://"))
-        return path if is_address or self.media_folder is None else os.path.join(self.media_folder, path)
+        return path if is_address(path) or self.media_folder is None else os.path.join(self.media_folder, path)
 
     def read(self, kind: str, source: Any) -> Medium:
         """Reads one image or video.
 
         Args:
             kind: `"image"` or `"video"`.
-            source: a path, an address, bytes, a dictionary with `path` and `bytes` as `datasets` has, or what else the
-                processors take.
+            source: a path, an address, bytes, a dictionary with `path` and `bytes` as `datasets` has and with
+                `video_start` and `video_end`, or what else the processors take.
 
         Returns:
             `(channels, height, width)` of an image, `(num_frames, channels, height, width)` of a video.
         """
-        content = self._content(source)
+        path = media_path(source)
+        if path is not None:
+            source = {**(source if isinstance(source, dict) else {}), "path": self.locate(path)}
         if kind == "image":
-            image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
-            return Medium(kind, self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0])
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(content, bytes):
-                file = Path(folder, "video")
-                file.write_bytes(content)
-                content = str(file)
-            video = self.video_processor(content, return_tensors="pt")
+            image = load_image(image_source(source))
+            return Medium(kind, self.image_processor(image, return_tensors="pt")["pixel_values"][0])
+        video = self.video_processor(source, return_tensors="pt")
         times = video["video_timestamps"][0] if "video_timestamps" in video else None
         return Medium(kind, video["pixel_values_videos"][0], times)
-
-    def _content(self, source: Any) -> Any:
-        """The bytes of a source, or where they are, or else the source itself: an image or frames."""
-        if isinstance(source, dict) and source.get("bytes") is not None:
-            return source["bytes"]
-        path = media_path(source)
-        return source if path is None else self.locate(path)
 
     def settings(self, model: MambaMiaForConditionalGeneration) -> dict[str, Any]:
         """What the vision features of a file depend on beside the file; they may replace pixels where it is equal.
@@ -178,7 +165,8 @@ class VisionFeatures:
         self.sizes: dict[str, int | None] = index["sizes"]
 
     def __contains__(self, source: Any) -> bool:
-        return media_path(source) in self.shards or media_path(source) in self.skipped
+        path = whole_path(source)
+        return path in self.shards or path in self.skipped
 
     def read(self, kind: str, source: Any) -> Medium:
         """Reads the features of one image or video.
@@ -193,7 +181,7 @@ class VisionFeatures:
         Raises:
             ValueError: if the file could not be decoded when the features were made.
         """
-        path = str(media_path(source))
+        path = str(whole_path(source))
         if path in self.skipped:
             raise ValueError(self.skipped[path])
         shard = _open_shard(self.folder / self.shards[path])

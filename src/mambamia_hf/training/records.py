@@ -154,10 +154,22 @@ def media_path(source: Any) -> str | None:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else None
 
 
+def whole_path(source: Any) -> str | None:
+    """As [`media_path`], for features, which are those of whole files.
+
+    Raises:
+        ValueError: for a part of a video.
+    """
+    path = media_path(source)
+    if isinstance(source, dict) and any(source.get(name) is not None for name in ("video_start", "video_end")):
+        raise ValueError(f"Features are those of whole files, and '{path}' has cut times; train on pixels.")
+    return path
+
+
 def _as_list(sources: Any) -> list[Any]:
     if sources is None:
         return []
     return list(sources) if isinstance(sources, list | tuple) else [sources]
 
 
-__all__ = ["load_records", "media_path", "open_dataset", "parse_record", "sample_id"]
+__all__ = ["load_records", "media_path", "open_dataset", "parse_record", "sample_id", "whole_path"]
