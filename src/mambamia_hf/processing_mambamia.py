@@ -25,7 +25,12 @@ from .frame_times import format_time, time_width
 from .request_errors import errors_for_servers
 from .tokenization_mambamia import load_tokenizer
 from .video_memory import VideoMemory, is_video_memory
-from .video_processing_mambamia import MambaMiaVideoProcessor, MambaMiaVideoProcessorKwargs, TimedBatch
+from .video_processing_mambamia import (
+    MambaMiaVideoProcessor,
+    MambaMiaVideoProcessorKwargs,
+    TimedBatch,
+    duration_of,
+)
 from .video_sources import image_source, part_of
 
 
@@ -366,8 +371,17 @@ class MambaMiaProcessor(ProcessorMixin):
             ValueError: if the time instruction lacks the duration.
         """
         placeholders = self.video_token * self.num_video_tokens(num_frames, keep_frames, keep_ratio)
-        if not self.time_instruction:
-            return placeholders
+        return placeholders + (self.time_line(num_frames, duration, fps) if self.time_instruction else "")
+
+    def time_line(self, num_frames: int, duration: float | None, fps: float | None = None) -> str:
+        """The time instruction of a video.
+
+        Args:
+            num_frames, duration, fps: as of `video_replacement`.
+
+        Raises:
+            ValueError: if the duration is not known.
+        """
         if not duration:
             raise ValueError(
                 "time_instruction=True needs the duration of each video, and a video came as frames without times: "
@@ -376,7 +390,7 @@ class MambaMiaProcessor(ProcessorMixin):
         fps = fps or self.video_processor.fps
         if not fps or abs(duration * fps - num_frames) >= 1:  # another limit than the rate has decided
             fps = num_frames / duration
-        return placeholders + _TIME_INSTRUCTION.format(duration=duration, num_frames=num_frames, fps=fps)
+        return _TIME_INSTRUCTION.format(duration=duration, num_frames=num_frames, fps=fps)
 
     def get_text_with_replacements(
         self,
@@ -463,10 +477,7 @@ def _numbers_of_frames(video_inputs: Mapping[str, Any]) -> list[int]:
 
 def _durations(video_inputs: Mapping[str, Any]) -> list[float | None]:
     """How long each of the processed videos lasts, in seconds; None where it is not known."""
-    others = [
-        about.duration or (about.total_num_frames / about.fps if about.fps else None)
-        for about in video_inputs.get("video_metadata", ())
-    ]
+    others = [duration_of(about) for about in video_inputs.get("video_metadata", ())]
     return _of_each_video(video_inputs, others, lambda memory: memory.duration)
 
 

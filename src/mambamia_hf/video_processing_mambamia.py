@@ -161,6 +161,11 @@ def _as_metadata(known: Any, video: Any) -> VideoMetadata:
     return TimedVideoMetadata(frame_timestamps=np.array(times), **told)
 
 
+def duration_of(metadata: VideoMetadata) -> float | None:
+    """How long a video lasts, in seconds; None where it is not known."""
+    return metadata.duration or (metadata.total_num_frames / metadata.fps if metadata.fps else None)
+
+
 def _timestamps(metadata: VideoMetadata, num_frames: int) -> list[float] | None:
     """The time in seconds of each sampled frame; None where nothing is known of it."""
     if not metadata.fps and not isinstance(metadata, TimedVideoMetadata):
@@ -534,4 +539,4 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-__all__ = ["MambaMiaVideoProcessor"]
+__all__ = ["MambaMiaVideoProcessor", "TimedBatch", "duration_of"]

@@ -1,16 +1,18 @@
 """Features in place of pixels: the command that writes them, and what reads them."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conversations import BROKEN, CUT, IMAGE, MIXED, TEXT, VIDEO, arguments, record, reported
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import tiny_checkpoint
 
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor
-from mambamia_hf.training import ConversationCollator, MediaReader, VisionFeatures, features
+from mambamia_hf.training import ConversationCollator, MediaReader, VisionFeatures, features, parse_record
 
 
 RECORDS = [VIDEO, IMAGE, MIXED, TEXT, BROKEN]
@@ -65,6 +67,29 @@ def test_times_are_those_of_pixels(timed, media_folder, tmp_path):
     assert is_video.sum() == 20 * processor.placeholders_per_frame and (batch["labels"][is_video] == -100).all()
     output, expected = (model(**batch, delta_threshold=0), model(**pixels, delta_threshold=0))
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-3, atol=1e-3)
+
+
+def test_the_time_instruction_is_that_of_the_processor(model, processor, media_folder, tmp_path):
+    """From pixels and from features, with the template of our models and one that breaks the line after a video."""
+    processor = copy.deepcopy(processor)
+    processor.time_instruction = True
+    write(model, processor, media_folder, tmp_path, RECORDS)
+    reader = MediaReader(processor, media_folder)
+    sources = (reader, VisionFeatures(tmp_path / "features", reader.settings(model)))
+    marks = "<|vision_start|><|video_pad|><|vision_end|>"
+    for template in (processor.chat_template, processor.chat_template.replace(marks, "<|video_pad|>\\n")):
+        processor.chat_template = template
+        for sample, files in ((VIDEO, ["a.mp4"]), (MIXED, ["a.mp4", "b.mp4"])):
+            messages, _ = parse_record(sample)
+            text = processor.apply_chat_template(messages)
+            images = Image.open(media_folder / "a.png") if "image" in sample else None
+            expected = processor(text=text, videos=[str(media_folder / file) for file in files], images=images)
+            assert "The video lasts for 4.000 seconds, and 8 frames" in processor.decode(expected["input_ids"][0])
+            for media in sources:
+                batch = ConversationCollator(processor, media)([sample])
+                assert batch["input_ids"].tolist() == expected["input_ids"]
+                learned = batch["labels"][batch["labels"] >= 0]
+                assert processor.decode(learned) == f"{sample['conversations'][1]['value']}<|im_end|>"
 
 
 def test_features_of_a_model_without_times_have_them(timed, written, media_folder):
@@ -131,7 +156,8 @@ def test_shards(model, processor, media_folder, tmp_path):
     for kind, path in (("video", "a.mp4"), ("video", "b.mp4"), ("image", "a.png")):
         medium = made.read(kind, path)
         assert torch.equal(medium.tensor, stored[path])
-        assert medium.times is None if kind == "image" else torch.equal(medium.times, stored[f"times of {path}"])
+        if kind == "video":
+            assert [*medium.times.tolist(), medium.duration] == stored[f"times of {path}"].tolist()
 
 
 def test_stopped_on_the_way(model, processor, media_folder, tmp_path, monkeypatch):

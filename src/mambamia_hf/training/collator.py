@@ -219,7 +219,7 @@ class ConversationCollator:
             if any(token in text for text in texts):
                 raise ValueError(f"its text has the special token {token} in it; spell it differently.")
         encoded = tokenizer.apply_chat_template(
-            messages,
+            self._with_time_lines(messages, media) if processor.time_instruction else messages,
             chat_template=processor.chat_template,
             tokenize=True,
             return_dict=True,
@@ -243,6 +243,24 @@ class ConversationCollator:
             input_ids += count * [token]
             labels += count * [token if learned else -100]
         return input_ids, labels
+
+    def _with_time_lines(self, messages: list[dict[str, Any]], media: list[Medium]) -> list[dict[str, Any]]:
+        """The messages with the time instruction after each video, where the processor puts it."""
+        probe: list[Any] = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+        # Some templates break the line after each video.
+        before = "" if "\n?" in self.processor.apply_chat_template(probe) else "\n"
+        videos = iter([medium for medium in media if medium.kind == "video"])
+        longer = []
+        for message in messages:
+            content: list[dict[str, Any]] = []
+            for item in message["content"]:
+                content.append(item)
+                if item["type"] == "video":
+                    video = next(videos)
+                    line = self.processor.time_line(len(video.tensor), video.duration)
+                    content.append({"type": "text", "text": f"{before}{line}\n"})
+            longer.append({**message, "content": content})
+        return longer
 
     def _skip(self, record: dict[str, Any], reason: str) -> None:
         self._note(record, "skipped", reason)

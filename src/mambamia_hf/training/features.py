@@ -89,8 +89,8 @@ class FeatureFolder:
         """Size of the features that have no shard yet."""
         return sum(tensor.nbytes for tensor in self._waiting.values())
 
-    def add(self, path: str, features: torch.Tensor, times: torch.Tensor | None, size: int | None) -> None:
-        """Takes the features of a file of `size` bytes, and the times of the frames of a video, for the next shard.
+    def add(self, path: str, features: torch.Tensor, medium: Medium, size: int | None) -> None:
+        """Takes the features of a file of `size` bytes, and the times of a video, for the next shard.
 
         Raises:
             ValueError: if they are not finite.
@@ -98,8 +98,9 @@ class FeatureFolder:
         if not features.isfinite().all():
             raise ValueError(f"The features of '{path}' do not fit into float16; train on pixels with this tower.")
         self._waiting[path] = features.contiguous()
-        if times is not None and self.settings[TIMES]:
-            self._times[times_name(path)] = times.contiguous()
+        if self.settings[TIMES] and medium.times is not None:
+            end = torch.tensor([medium.duration], dtype=torch.float64)
+            self._times[times_name(path)] = torch.cat([medium.times, end])
         self.sizes[path] = size
         self.skipped.pop(path, None)
 
@@ -199,7 +200,7 @@ def precompute(options: FeatureArguments) -> FeatureFolder:
                     f"the media folder."
                 )
             continue
-        folder.add(path, encode(model, medium.tensor), medium.times, file_size(reader, path))
+        folder.add(path, encode(model, medium.tensor), medium, file_size(reader, path))
         if folder.waiting_bytes >= options.shard_size * 1e6:
             folder.write()
     folder.write()

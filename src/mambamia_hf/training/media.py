@@ -15,6 +15,7 @@ from transformers.image_utils import load_image
 
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
 from ..processing_mambamia import MambaMiaProcessor
+from ..video_processing_mambamia import duration_of
 from ..video_sources import image_source, is_address
 from .records import media_path, whole_path
 
@@ -39,11 +40,13 @@ class Medium(NamedTuple):
         kind: `"image"` or `"video"`.
         tensor: its pixels or its features.
         times: of a video, `(num_frames,)`, in seconds, in float64; None where they are not known.
+        duration: of a video, in seconds; None where it is not known.
     """
 
     kind: str
     tensor: Tensor
     times: Tensor | None = None
+    duration: float | None = None
 
 
 class MediaReader:
@@ -64,7 +67,7 @@ class MediaReader:
         fps: float | None = None,
     ):
         self.image_processor = processor.image_processor
-        self._needs_times = processor.frame_time_format is not None
+        self._needs_times = processor.frame_time_format is not None or processor.time_instruction
         self.video_processor = copy.copy(processor.video_processor)
         if num_frames is not None:
             self.video_processor.num_frames = num_frames
@@ -93,9 +96,9 @@ class MediaReader:
         if kind == "image":
             image = load_image(image_source(source))
             return Medium(kind, self.image_processor(image, return_tensors="pt")["pixel_values"][0])
-        video = self.video_processor(source, return_tensors="pt")
+        video = self.video_processor(source, return_tensors="pt", return_metadata=True)
         times = video["video_timestamps"][0] if "video_timestamps" in video else None
-        return Medium(kind, video["pixel_values_videos"][0], times)
+        return Medium(kind, video["pixel_values_videos"][0], times, duration_of(video["video_metadata"][0]))
 
     def settings(self, model: MambaMiaForConditionalGeneration) -> dict[str, Any]:
         """What the vision features of a file depend on beside the file; they may replace pixels where it is equal.
@@ -123,7 +126,7 @@ class MediaReader:
 
 
 def times_name(path: str) -> str:
-    """What a shard calls the times of a video."""
+    """What a shard calls the times of the frames of a video and, at the end, of its end."""
     return f"times of {path}"
 
 
@@ -185,8 +188,10 @@ class VisionFeatures:
         if path in self.skipped:
             raise ValueError(self.skipped[path])
         shard = _open_shard(self.folder / self.shards[path])
-        times = shard.get_tensor(times_name(path)) if self.has_times and kind == "video" else None
-        return Medium(kind, shard.get_tensor(path), times)
+        if kind == "image" or not self.has_times:
+            return Medium(kind, shard.get_tensor(path))
+        *times, duration = shard.get_tensor(times_name(path))
+        return Medium(kind, shard.get_tensor(path), torch.stack(times), float(duration))
 
 
 __all__ = ["FIRST_TRIES", "TIMES", "MediaReader", "Medium", "VisionFeatures", "times_name"]
