@@ -333,3 +333,27 @@ def test_models_that_need_whole_videos(tmp_path, settings, message):
     model, processor = tiny_pair(tmp_path, **settings)
     with pytest.raises(ValueError, match=message):
         model.stream(processor)
+
+
+@pytest.mark.parametrize(("time_format", "end"), [("mm:ss", 6000.0), ("h:mm:ss", 36000.0), ("mm:ss.d", 6000.0)])
+def test_a_stream_longer_than_the_times_of_the_model(tmp_path, frames, time_format, end):
+    """Times go on; questions are about what the format can tell, and `clock_start` says from when on."""
+    model, processor = tiny_checkpoint(tmp_path, frame_time_format=time_format)
+    times = [0.0, end / 2, end - 1.0, end - 0.0005, 1.4 * end, 1.5 * end, 15 * end + 7]
+    starts = [0.0, 0.0, 0.0, end / 2, end / 2, end, 14.5 * end]
+    stream = model.stream(processor)
+    for number, (time, start) in enumerate(zip(times, starts, strict=True)):
+        stream.push(frames[number : number + 1], [time])
+        assert stream.clock_start == start
+        answer = stream.ask(QUESTION, max_new_tokens=3)
+        assert stream.memory.timestamps == times[: number + 1]
+    last = model.stream(processor)
+    push_all(last, frames[:7], 7, times[:7])
+    assert last.ask(QUESTION, max_new_tokens=3) == answer
+
+
+def test_without_a_format_of_times_the_clock_never_starts_again(causal, frames):
+    model, processor = causal
+    stream = push_all(model.stream(processor), frames[:2], 2, [0.0, 1e7])
+    assert stream.clock_start == 0.0
+    assert isinstance(stream.ask(QUESTION, max_new_tokens=2), str)

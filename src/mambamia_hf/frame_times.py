@@ -38,6 +38,15 @@ def time_width(time_format: str | None) -> int:
     return len(time_format)
 
 
+def times_end(time_format: str | None) -> float:
+    """The seconds at which a format has no more times; infinite without a format.
+
+    Raises:
+        ValueError: if there is no such format.
+    """
+    return float(_FORMATS[str(time_format)][1]) if time_width(time_format) else math.inf
+
+
 def format_time(seconds: float, time_format: str) -> str:
     """A time as a clock shows it: cut off, not rounded, so that it never names a moment at which the frame is not
     there yet. Only the last millisecond before a step counts as the step, because containers round to milliseconds.
@@ -149,4 +158,4 @@ def check_times(times: Sequence[float], num_frames: int) -> None:
         before = seconds
 
 
-__all__ = ["check_times", "format_time", "time_characters", "time_ids", "time_token_ids", "time_width"]
+__all__ = ["check_times", "format_time", "time_characters", "time_ids", "time_token_ids", "time_width", "times_end"]

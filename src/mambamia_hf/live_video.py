@@ -199,7 +199,8 @@ class LiveVideo:
         """Puts the frames on display in the middle of each part of a second into the queue."""
         pictures = PictureMaker(stream, self._limits)
         rate = float(stream.average_rate or 0) or 25.0
-        clock = _Clock(1 / rate, _LONGEST_GAP_OF_BROADCASTS if may_jump(container) else _LONGEST_GAP, self.notes.put)
+        longest_gap = _LONGEST_GAP_OF_BROADCASTS if may_jump(container) else _LONGEST_GAP
+        clock = _Clock(float(stream.time_base), 1 / rate, longest_gap, self.notes.put)
         latest: tuple[float, av.VideoFrame] | None = None
         target = 0.5 / self._fps
         try:
@@ -226,14 +227,15 @@ class LiveVideo:
 class _Clock:
     """Times that ascend from 0, whatever the timestamps of the frames do."""
 
-    def __init__(self, step: float, longest_gap: float, note: Callable[[str], None]):
-        self._step, self._longest_gap, self._note = step, longest_gap, note
+    def __init__(self, unit: float, step: float, longest_gap: float, note: Callable[[str], None]):
+        self._unit, self._step, self._longest_gap, self._note = unit, step, longest_gap, note
         self._before: float | None = None  # the timestamp of the frame before
         self._time = 0.0
 
     def time_of(self, frame: av.VideoFrame) -> float | None:
         """The time of the next frame; None for one that is shown at the time of the frame before."""
-        stamp, before = frame.time, self._before
+        # Not `frame.time`, which PyAV 14 does not know of the last frames.
+        stamp, before = None if frame.pts is None else frame.pts * self._unit, self._before
         if before is None:
             self._before = stamp
             return 0.0

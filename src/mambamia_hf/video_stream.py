@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .compressor_stream import StreamState, compress_next, compress_pending, stream_state
 from .frame_selection import frame_budget, frame_to_drop
+from .frame_times import times_end
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint
 
 
@@ -174,17 +175,21 @@ class VideoStream:
         Raises:
             ValueError: before the first frame.
         """
+        return self._memory_since(0.0)
+
+    def _memory_since(self, start: float) -> VideoMemory:
+        """The memory of the frames from a second on, with times from there."""
         state = self._state
-        held = self._all_held(state)
+        held = [frame for frame in self._all_held(state) if frame.time >= start]
         if not held:
             raise ValueError("The stream has no frame yet; push one first.")
         return VideoMemory(
             anchors=torch.stack([frame.anchors for frame in held]),
             frame_deltas=torch.tensor([frame.delta for frame in held]),
-            timestamps=[frame.time for frame in held],
+            timestamps=[frame.time - start for frame in held],
             fingerprint=dict(self._fingerprint),
             name=self._name,
-            duration=state.latest,
+            duration=state.latest - start,
             is_selected=True,
         )
 
@@ -193,19 +198,31 @@ class VideoStream:
         """The numbers of the frames in the memory, counted among all frames of the stream."""
         return [frame.number for frame in self._all_held(self._state)]
 
+    @property
+    def clock_start(self) -> float:
+        """The second of the stream from which the times in prompts and answers count.
+
+        It is 0 until the stream is longer than the model's `frame_time_format` can tell, and then goes on by half of
+        that at a time. Questions are about the frames from there on.
+        """
+        end = times_end(self._model.config.frame_time_format)
+        periods = math.floor(max(self._state.latest + 1e-3, 0.0) / (end / 2))  # a format takes the last ms for a step
+        return end / 2 * (periods - 1) if periods > 1 else 0.0
+
     def ask(self, question: str, max_new_tokens: int | None = None) -> str:
         """Answers a question about the stream so far, by greedy decoding; each question by itself.
+
+        A stream that is longer than the model's format of times can tell is asked about from `clock_start` on.
 
         Args:
             question: what to ask.
             max_new_tokens: where to stop; by default the checkpoint's own limit, or 256.
 
         Raises:
-            ValueError: before the first frame, for a question that holds the placeholder of a video, or where the
-                stream has lasted longer than the model's format of times can tell.
+            ValueError: before the first frame, or for a question that holds the placeholder of a video.
         """
-        model, processor = self._model, self._processor
-        content = [{"type": "video", "video": self.memory}, {"type": "text", "text": question}]
+        model, processor, memory = self._model, self._processor, self._memory_since(self.clock_start)
+        content = [{"type": "video", "video": memory}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,

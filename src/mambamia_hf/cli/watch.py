@@ -89,6 +89,7 @@ class _Watch:
         self.stream, self.video = stream, video
         self.time = 0.0
         self.num_missed = 0
+        self.clock_start = 0.0
         self.is_answered = True
 
     def follow(self) -> None:
@@ -124,6 +125,12 @@ class _Watch:
         if self.is_answered:
             return
         self.is_answered = True
+        if self.stream.clock_start != self.clock_start:
+            self.clock_start = self.stream.clock_start
+            say(
+                f"the model's times end: from here on it is asked about what came since {clock(self.clock_start)}, "
+                "and times in its answers count from there."
+            )
         answer = self.stream.ask(self.question, self.max_new_tokens)
         if not self.as_json:
             print(f"{clock(time)}  {answer}", flush=True)
@@ -134,6 +141,7 @@ class _Watch:
             "answer": answer,
             "source": self.source,
             "model": self.checkpoint,
+            "clock_start": self.clock_start,
             "num_frames": len(self.stream),
             "kept_frames": self.stream.kept_frames,
             "kept_times": self.stream.memory.timestamps,
