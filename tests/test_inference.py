@@ -67,6 +67,11 @@ def processor_prompt(processor, video, question, **processor_kwargs):
     )
 
 
+def prompt_of(encoded):
+    """The tokens that the language model reads for the question."""
+    return encoded.chat._tokens([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}])
+
+
 @pytest.mark.parametrize("template", ["{bos}", ""])
 def test_the_prompt_is_that_of_the_processor(checkpoint, video, template):
     """Also where the tokenizer puts a token in front, unless the chat template does."""
@@ -80,10 +85,10 @@ def test_the_prompt_is_that_of_the_processor(checkpoint, video, template):
     )
     processor.chat_template = template.format(bos="{{ bos_token }}") + processor.chat_template
     expected = processor_prompt(processor, video, QUESTION, keep_frames=5)
-    prompt = encoded._prompt(QUESTION)
-    assert prompt["input_ids"].tolist() == expected["input_ids"].tolist()
+    prompt = prompt_of(encoded)
+    assert [prompt] == expected["input_ids"].tolist()
     # One in front, and the ends of system message and question.
-    assert prompt["input_ids"][0].tolist().count(tokenizer.eos_token_id) == 1 + 2
+    assert prompt.count(tokenizer.eos_token_id) == 1 + 2
 
 
 def test_a_placeholder_in_a_question_is_an_error(checkpoint, video):
@@ -116,9 +121,9 @@ def test_bad_input_from_python(checkpoint, video, checkpoint_name, video_name, o
         encode_video(checkpoint_name or checkpoint, video_name or video, **options)
 
 
-def test_deltas_are_those_of_the_features(checkpoint, video):
+def test_deltas_are_those_of_the_memory(checkpoint, video):
     encoded = encode_video(checkpoint, video)
-    assert torch.equal(torch.tensor(encoded.frame_deltas), encoded.features.frame_deltas[0])
+    assert torch.equal(torch.tensor(encoded.frame_deltas), encoded.memory.frame_deltas)
 
 
 def test_bfloat16_weights_on_a_cpu(checkpoint, video, tmp_path, monkeypatch):
@@ -157,7 +162,7 @@ def test_prompts_with_times_are_those_of_the_processor(tmp_path, video, settings
     encoded = encode_video(tmp_path, video, keep_frames=4)
     answer = encoded.ask(QUESTION, 8)
     inputs = processor_prompt(processor, video, QUESTION, keep_frames=4)
-    assert torch.equal(encoded._prompt(QUESTION)["input_ids"], inputs["input_ids"])
+    assert [prompt_of(encoded)] == inputs["input_ids"].tolist()
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
     assert answer.answer == expected

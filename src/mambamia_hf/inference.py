@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -16,13 +17,11 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor
-from .inputs import check_checkpoint, check_part, check_video
-from .modeling_encoder import MambaMiaFeaturesOutput
+from .chat import VideoChat
+from .inputs import check_checkpoint, check_part, check_video, is_memory
 from .video_decoding import VideoReader
+from .video_memory import VideoMemory, describe_images, describe_sampling
 from .video_sampling import FrameFolder, open_video, sample_part
-
-
-MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Answer:
         frame_deltas: Δ of each sampled frame; None for a model without a temporal layer.
         video_tokens: how many tokens of the video the language model read.
         seconds: how long decode, vision and compress took, once per video, and generate.
+        evidence: where asked for, the frames that question and answer attended to most; see `VideoChat.evidence`.
     """
 
     question: str
@@ -52,96 +52,98 @@ class Answer:
     frame_deltas: list[float] | None
     video_tokens: int
     seconds: dict[str, float]
+    evidence: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
 class EncodedVideo:
     """A video that a model has seen: each question costs the language model's time only. Made by [`encode_video`].
 
-    Use it as a context manager, or call `reader.close()`: a downloaded file is gone then.
+    Use it as a context manager, or call `close()`: a downloaded file is gone then.
 
     Args:
-        video, checkpoint: path or URL of the video; folder or Hub id of the checkpoint.
-        reader: of the video, for more of its frames.
-        model, processor: what was loaded from the checkpoint.
-        features: what `get_video_features` gave.
-        frame_indices: numbers, among the frames of the file, of the sampled ones.
-        timestamps, kept_frames, frame_deltas: see [`Answer`].
-        seconds: how long decode, vision and compress took.
+        video, checkpoint: path or URL of the video, or path of its memory; folder or Hub id of the checkpoint.
+        reader: of the video, for more of its frames; None for a memory.
+        chat: a conversation about it that has not begun.
+        frame_indices: numbers, among the frames of the file, of the sampled ones; none for a memory.
+        seconds: how long decode, vision and compress took; or load, for a memory.
     """
 
     video: str
     checkpoint: str
-    reader: "VideoReader | FrameFolder"
-    model: MambaMiaForConditionalGeneration
-    processor: MambaMiaProcessor
-    features: MambaMiaFeaturesOutput
+    reader: "VideoReader | FrameFolder | None"
+    chat: VideoChat
     frame_indices: list[int]
-    timestamps: list[float]
-    kept_frames: list[int]
-    frame_deltas: list[float] | None
     seconds: dict[str, float]
 
     def __enter__(self) -> "EncodedVideo":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.reader.close()
+        self.close()
 
-    def ask(self, question: str, max_new_tokens: int | None = None) -> Answer:
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+
+    @property
+    def model(self) -> MambaMiaForConditionalGeneration:
+        return self.chat.model
+
+    @property
+    def processor(self) -> MambaMiaProcessor:
+        return self.chat.processor
+
+    @property
+    def memory(self) -> VideoMemory:
+        """What the model remembers of every sampled frame."""
+        return self.chat.memory
+
+    @property
+    def timestamps(self) -> list[float]:
+        """See [`Answer`]."""
+        return self.memory.timestamps
+
+    @property
+    def kept_frames(self) -> list[int]:
+        """See [`Answer`]."""
+        return self.chat.kept_frames
+
+    @property
+    def frame_deltas(self) -> list[float] | None:
+        """See [`Answer`]."""
+        deltas = self.memory.frame_deltas
+        return None if deltas is None else _shortest(deltas)
+
+    def ask(self, question: str, max_new_tokens: int | None = None, evidence: bool = False) -> Answer:
         """Answer a question, by greedy decoding.
 
         Args:
-            question: what to ask; each question by itself, not as a conversation.
-            max_new_tokens: where to stop; by default the checkpoint's own limit, or 256.
+            question: what to ask; each question by itself, not as a conversation (for that, see `chat`).
+            max_new_tokens: where to stop; by default as the video was encoded with.
+            evidence: whether to find out which frames the question and its answer attended to.
 
         Raises:
-            ValueError: if the question holds the placeholder of a video.
+            ValueError: if the question is empty, too long, or holds the placeholder of a video.
         """
         watch = _Stopwatch(self.model.device)
-        prompt = self._prompt(question)
-        output = self.model.generate(
-            **prompt,
-            mm_encoder_outputs={"video": self.features},
-            max_new_tokens=max_new_tokens or self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,
-        )
-        new_tokens = output[:, prompt["input_ids"].shape[1] :]
-        text = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+        chat = self.chat.fork(max_new_tokens)
+        text = chat.ask(question)
         watch.lap("generate")
+        kept_frames, timestamps = self.kept_frames, self.timestamps
         return Answer(
             question=question,
             answer=text,
             video=self.video,
             model=self.checkpoint,
-            timestamps=self.timestamps,
-            kept_frames=self.kept_frames,
-            kept_times=[self.timestamps[frame] for frame in self.kept_frames],
+            timestamps=timestamps,
+            kept_frames=kept_frames,
+            kept_times=[timestamps[frame] for frame in kept_frames],
             frame_deltas=self.frame_deltas,
-            video_tokens=self._video_tokens,
+            video_tokens=chat.video_tokens,
             seconds={**self.seconds, **watch.seconds},
+            evidence=chat.evidence() if evidence else None,
         )
-
-    @property
-    def _video_tokens(self) -> int:
-        return len(self.kept_frames) * self.processor.placeholders_per_frame
-
-    def _prompt(self, question: str) -> dict[str, Any]:
-        """The conversation as the processor makes it, with a placeholder for each token of the kept frames."""
-        tokenizer, placeholder = self.processor.tokenizer, self.processor.video_token
-        content: list[dict[str, Any]] = [{"type": "video"}, {"type": "text", "text": question}]
-        conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        if text.count(placeholder) != 1:
-            raise ValueError(f"the question '{question}' holds {placeholder}, which stands for a video; leave it out.")
-        video = self.processor.video_replacement(
-            len(self.timestamps), self.reader.metadata.duration, keep_frames=len(self.kept_frames)
-        )
-        (text,), _ = self.processor.get_text_with_replacements([text], videos_replacements=[video])
-        starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        prompt = tokenizer(text, add_special_tokens=not starts, return_tensors="pt").to(self.model.device)
-        return {name: prompt[name] for name in ("input_ids", "attention_mask")}
 
 
 def encode_video(
@@ -158,13 +160,15 @@ def encode_video(
     delta_threshold: float | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    max_new_tokens: int | None = None,
     progress: bool = False,
 ) -> EncodedVideo:
-    """Load a checkpoint and have it see a video.
+    """Load a checkpoint and have it see a video, or take a memory of one that it has seen.
 
     Args:
         checkpoint: folder or Hub id of a MambaMia checkpoint.
-        video: path or URL of a video file, or a folder of its frames as images, in the order of their names.
+        video: path or URL of a video file, a folder of its frames as images, in the order of their names, or the path
+            of a saved memory, whose frames are sampled already.
         num_frames: how many frames to sample, at most all; by default as the video processor samples.
         fps: how many frames to sample per second, at most as many in all as the video processor allows. The frames of
             a folder count as so many per second, by default as many as the video processor samples.
@@ -177,6 +181,7 @@ def encode_video(
         device: as PyTorch names it; by default the GPU where there is one.
         dtype: of the weights, "float32", "bfloat16" or "float16"; by default the checkpoint's, but float32 on a CPU
             that multiplies bfloat16 no faster.
+        max_new_tokens: where answers stop; by default the checkpoint's own limit, or 256.
         progress: whether to show progress bars.
 
     Raises:
@@ -189,10 +194,24 @@ def encode_video(
         )
     checkpoint, video = os.fspath(checkpoint), os.fspath(video)
     check_part(start, end)
+    selection: dict[str, Any] = {
+        "keep_frames": keep_frames,
+        "keep_ratio": keep_ratio,
+        "delta_threshold": delta_threshold,
+    }
+    if is_memory(video):
+        _check_sampled(video, num_frames=num_frames, fps=fps, seek_mode=seek_mode)
+        memory = _part(VideoMemory.load(video), start, end)
+        model, processor = load_checkpoint(checkpoint, device, dtype)
+        watch = _Stopwatch(model.device)
+        memory.check({"images": describe_images(processor.video_processor)})
+        chat = VideoChat(model, processor, memory, **selection, max_new_tokens=max_new_tokens)
+        watch.lap("load")
+        return EncodedVideo(video, checkpoint, None, chat, [], watch.seconds)
+
     check_video(video)
     place = find_device(device)
     processor = load_processor(checkpoint)
-
     watch = _Stopwatch(place)
     video_processor = processor.video_processor
     resize = partial(video_processor.resize, size=video_processor.size, resample=video_processor.resample)
@@ -201,41 +220,33 @@ def encode_video(
     batch = reader.frames_at(indices, resize if video_processor.do_resize else None, progress)
     metadata = copy(reader.metadata)
     metadata.frames_indices = batch.indices
-    inputs = processor(
-        videos=[batch.data],
-        video_metadata=[metadata],
-        do_sample_frames=False,
-        keep_frames=keep_frames,
-        keep_ratio=keep_ratio,
-        return_tensors="pt",
-    )
+    inputs = processor(videos=[batch.data], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
     watch.lap("decode")
 
     model = load_model(checkpoint, place, dtype)
-    selection: dict[str, Any] = {"num_kept_frames": inputs["num_kept_frames"]}
-    if delta_threshold is not None:
-        selection = {"delta_threshold": delta_threshold, "delta_min_frames": 0}
     watch.restart()
-    with torch.no_grad(), _vision_progress(model, len(batch.indices), progress):
-        patch_features = model.model.encode_frames(inputs["pixel_values_videos"][0]).last_hidden_state
-        watch.lap("vision")
-        features: Any = model.get_video_features(
-            patch_features_videos=patch_features[None], video_timestamps=inputs["video_timestamps"], **selection
-        )
-    watch.lap("compress")
-    return EncodedVideo(
-        video,
-        checkpoint,
-        reader,
-        model,
-        processor,
-        features,
-        frame_indices=batch.indices,
-        timestamps=[round(time, 6) for time in batch.timestamps],  # no container knows them better
-        kept_frames=features.keep_mask[0].nonzero().flatten().tolist(),
-        frame_deltas=None if features.frame_deltas is None else _shortest(features.frame_deltas[0]),
-        seconds=watch.seconds,
+    with tqdm(total=len(indices), desc="Looking at the frames", unit="frame", disable=not progress) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+            if done == total:
+                watch.lap("vision")
+
+        memory = model.encode_video(inputs, processor, progress=advance)
+    sampling = describe_sampling(num_frames, fps, start, end, seek_mode)
+    memory = VideoMemory(
+        memory.anchors,
+        memory.frame_deltas,
+        [round(time, 6) for time in batch.timestamps],  # no container knows them better
+        {**memory.fingerprint, "sampling": sampling},
+        name=video,
+        width=metadata.width,
+        height=metadata.height,
+        duration=float(metadata.duration),
     )
+    chat = VideoChat(model, processor, memory, **selection, max_new_tokens=max_new_tokens)
+    watch.lap("compress")
+    return EncodedVideo(video, checkpoint, reader, chat, batch.indices, watch.seconds)
 
 
 def ask(
@@ -265,8 +276,48 @@ def ask(
     Returns:
         An answer for each question.
     """
-    with encode_video(checkpoint, video, **options) as encoded:
-        return [encoded.ask(question, max_new_tokens) for question in questions]
+    with encode_video(checkpoint, video, max_new_tokens=max_new_tokens, **options) as encoded:
+        return [encoded.ask(question) for question in questions]
+
+
+def load_checkpoint(
+    checkpoint: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
+) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    """Model and processor of a checkpoint, ready to be asked.
+
+    Args:
+        checkpoint: folder or Hub id of a MambaMia checkpoint.
+        device, dtype: see [`encode_video`].
+
+    Raises:
+        ValueError: for a checkpoint, a device or a type that cannot be used.
+    """
+    place, name = find_device(device), os.fspath(checkpoint)
+    processor = load_processor(name)
+    return load_model(name, place, dtype), processor
+
+
+def _check_sampled(memory: str, **options: Any) -> None:
+    """Raises for an option about which frames are sampled, where there is a memory of those."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"'{memory}' is a memory, and its frames are sampled already; leave out {' and '.join(given)}, or encode "
+            "the video again."
+        )
+
+
+def _part(memory: VideoMemory, start: float, end: float | None) -> VideoMemory:
+    """The frames of a memory between two times, the one on display at `start` included."""
+    times = memory.timestamps
+    duration = times[-1] if memory.duration is None else memory.duration
+    if start and start >= duration:
+        raise ValueError(f"the video ends after {duration:g} seconds; start before that, not at {start:g}.")
+    first = max(bisect_right(times, start + 1e-3) - 1, 0)
+    stop = len(times) if end is None else bisect_left(times, end)
+    if stop <= first:
+        raise ValueError(f"the memory has no frame before {end:g} seconds; its first is at {times[first]:g}.")
+    return memory if (first, stop) == (0, len(times)) else memory[first:stop]
 
 
 def load_processor(checkpoint: str) -> MambaMiaProcessor:
@@ -363,19 +414,4 @@ class _Stopwatch:
         self.start = now
 
 
-@contextmanager
-def _vision_progress(model: MambaMiaForConditionalGeneration, num_frames: int, progress: bool) -> Iterator[None]:
-    """A bar over the frames that go through the vision tower: on a CPU that is most of the work."""
-    with tqdm(total=num_frames, desc="Looking at the frames", unit="frame", disable=not progress) as bar:
-
-        def advance(tower: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-            bar.update(len(output[0]))
-
-        handle = model.model.vision_tower.register_forward_hook(advance)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-__all__ = ["Answer", "EncodedVideo", "ask", "encode_video"]
+__all__ = ["Answer", "EncodedVideo", "ask", "encode_video", "load_checkpoint"]

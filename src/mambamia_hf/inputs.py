@@ -6,11 +6,24 @@ import re
 from pathlib import Path
 
 
+MEMORY_SUFFIX = ".safetensors"
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def is_url(video: str) -> bool:
     return video.startswith(("http://", "https://"))
+
+
+def is_memory(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a saved video memory, by its suffix or by how a safetensors file begins."""
+    path = os.fspath(path)
+    if is_url(path) or not os.path.isfile(path):
+        return False
+    if path.lower().endswith(MEMORY_SUFFIX):
+        return True
+    with open(path, "rb") as file:
+        beginning = file.read(10)
+    return beginning[8:] == b'{"' and int.from_bytes(beginning[:8], "little") < os.path.getsize(path)
 
 
 def frame_files(folder: str | os.PathLike[str]) -> list[Path]:

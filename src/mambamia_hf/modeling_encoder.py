@@ -1,6 +1,5 @@
 """The encoder: vision tower, compressor and frame selection; from pixels to the tokens of the kept frames."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget, select_frames
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
-from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
+from .video_memory import VideoMemory, describe_images, describe_sampling, encoder_fingerprint, is_video_memory
 
 
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
@@ -272,12 +271,12 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
             batch = reader.frames_at(indices, resize if video_processor.do_resize else None)
         pixels = video_processor([batch.data], do_sample_frames=False, do_resize=False, return_tensors="pt")
-        sampling = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "seek_mode": seek_mode}
+        sampling = describe_sampling(num_frames, fps, start, end, seek_mode)
         about = reader.metadata
         return self._remember(
             pixels["pixel_values_videos"][0],
             [round(time, 6) for time in batch.timestamps],  # no container knows them better
-            {"images": describe_images(video_processor), "sampling": json.dumps(sampling)},
+            {"images": describe_images(video_processor), "sampling": sampling},
             progress,
             name=os.fspath(video),
             width=about.width,

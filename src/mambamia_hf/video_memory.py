@@ -322,6 +322,13 @@ def describe_images(video_processor: Any) -> str:
     return json.dumps({name: _plain(value) for name, value in settings.items() if value is not None}, sort_keys=True)
 
 
+def describe_sampling(
+    num_frames: int | None, fps: float | None, start: float, end: float | None, seek_mode: str | None
+) -> str:
+    """How frames were chosen, by the options of `encode_video`."""
+    return json.dumps({"num_frames": num_frames, "fps": fps, "start": start, "end": end, "seek_mode": seek_mode})
+
+
 def _plain(value: Any) -> Any:
     """A setting as JSON has it."""
     if is_dataclass(value):  # a size
@@ -401,4 +408,4 @@ def _check_format(path: str, metadata: dict[str, str]) -> None:
         )
 
 
-__all__ = ["VideoMemory", "describe_images", "encoder_fingerprint", "is_video_memory"]
+__all__ = ["VideoMemory", "describe_images", "describe_sampling", "encoder_fingerprint", "is_video_memory"]

@@ -401,7 +401,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             )
         middles = (np.arange(num_frames) + 0.5) / num_frames
         if isinstance(metadata, TimedVideoMetadata):
-            start = float(metadata.frame_timestamps[0])  # later than 0 where a user's frames are
+            # Later than 0 where a user's frames are, earlier where a part begins while a frame is on display.
+            start = max(float(metadata.frame_timestamps[0]), 0.0)
             return first + metadata.frames_shown_at(start + middles * (metadata.duration - start))
         return first + (middles * total + 1e-6).astype(int)
 

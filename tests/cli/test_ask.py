@@ -19,7 +19,7 @@ from tiny_model import ask as ask_in_python
 from video_files import draw_number, write_cut_video, write_sound, write_video
 
 from mambamia_hf import select_frames
-from mambamia_hf.cli.ask import PLOT_FORMATS, check_plot_path
+from mambamia_hf.cli.opening import PLOT_FORMATS, check_plot_path
 
 
 QUESTION = "What shape appears in the video?"

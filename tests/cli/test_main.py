@@ -56,11 +56,11 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD_INPUT = [
-    ([], "{ask,demo,"),
+    ([], "{ask,chat,encode,demo,"),
     (["answer"], "answer"),
     (["ask", "video.mp4"], "QUESTION"),
     (["ask", "video.mp4", " "], "QUESTION: is empty"),
-    (["ask", "", "Why?"], "VIDEO: is empty"),
+    (["ask", "", "Why?"], "MEMORY: is empty"),
     (["ask", "missing.mp4", "Why?"], "no video file 'missing.mp4'"),
     (["ask", "empty.mp4", "Why?"], "'empty.mp4' is empty"),
     (["ask", "no_images", "Why?"], "'no_images' has no images"),

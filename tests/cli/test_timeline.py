@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambamia_hf.cli.ask import PLOT_FORMATS
+from mambamia_hf.cli.opening import PLOT_FORMATS
 from mambamia_hf.cli.timeline import MAX_THUMBNAILS, format_time, plot_timeline, thumbnail_frames
 
 

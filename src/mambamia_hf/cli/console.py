@@ -1,4 +1,4 @@
-"""What the program says besides its answers: one line each, on stderr."""
+"""What the program says besides its answers, one line each on stderr, and how it writes times."""
 
 import io
 import logging
@@ -11,6 +11,16 @@ from contextlib import contextmanager
 def say(text: str) -> None:
     """Print one line on stderr."""
     print(f"mambamia: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def format_time(seconds: float, decimals: int = 0) -> str:
+    """Seconds as m:ss, from an hour on as h:mm:ss, with so many decimals."""
+    ticks = round(seconds * 10**decimals)
+    whole, rest = divmod(ticks, 10**decimals)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    text = f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    return f"{text}.{rest:0{decimals}d}" if decimals else text
 
 
 def escape_unprintable() -> None:

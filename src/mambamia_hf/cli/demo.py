@@ -41,5 +41,5 @@ def run(arguments: Namespace) -> None:
     )
     print(f"seconds   {', '.join(f'{stage} {seconds:.2f}' for stage, seconds in answer.seconds.items())}")
     print(f"video     {video}", flush=True)
-    draw_timeline(plot, encoded, [answer])
+    draw_timeline(plot, encoded, [(answer.question, answer.answer)])
     print(f"plot      {plot}", flush=True)

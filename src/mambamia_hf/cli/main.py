@@ -7,63 +7,61 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import arguments, ask, demo, serve, watch
+from . import arguments, ask, chat, demo, encode, serve, watch
 from .console import escape_unprintable, say, short_warnings
 
 
 # Of each argument its name and its settings; those under one heading other than "" exclude each other.
 Options = dict[str, dict[str, dict[str, Any]]]
 
-ASK: Options = {
-    "": {
-        "video": {
-            "metavar": "VIDEO",
-            "type": arguments.text,
-            "help": "a video file, its URL, a folder of its frames as images, or - for standard input",
-        },
-        "questions": {
-            "metavar": "QUESTION",
-            "type": arguments.text,
-            "nargs": "+",
-            "help": "what to ask about it; several questions are answered one by one, for the price of one video",
-        },
-        "--model": {
-            "metavar": "DIR_OR_HUB_ID",
-            "type": arguments.text,
-            "help": "a MambaMia checkpoint; without it the small bundled one, which knows shapes, digits and colours",
-        },
-        "--start": {
-            "metavar": "TIME",
-            "type": arguments.seconds,
-            "default": 0.0,
-            "help": "look at the video from here on, in seconds or h:mm:ss",
-        },
-        "--end": {
-            "metavar": "TIME",
-            "type": arguments.seconds,
-            "help": "look at the video until here, in seconds or h:mm:ss",
-        },
-        "--seek-mode": {
-            "choices": ("exact", "keyframe"),
-            "help": "take the sampled frames, or the key frames nearest to them, which is faster (default: exact, or "
-            "as the checkpoint says)",
-        },
-        "--device": {"type": arguments.device, "help": "where to compute, e.g. cpu or cuda:1 (default: a GPU if any)"},
-        "--dtype": {
-            "choices": ("float32", "bfloat16", "float16"),
-            "help": "type of the weights (default: the checkpoint's; float32 on a CPU that is faster with it)",
-        },
-        "--max-new-tokens": {
-            "metavar": "N",
-            "type": arguments.whole_number,
-            "help": "end answers after N tokens (default: as the checkpoint says, or 256)",
-        },
-        "--plot": {"metavar": "FILE", "help": "draw Δ over time and the kept frames, as .png, .svg, .pdf ..."},
-        "--json": {
-            "action": "store_true",
-            "help": "print a JSON object per question, each on a line of its own, with all that was measured",
-        },
+VIDEO_OR_MEMORY: dict[str, Any] = {
+    "metavar": "VIDEO|MEMORY",
+    "type": arguments.text,
+    "help": "a video file, its URL, a folder of its frames as images, a memory that `mambamia encode` wrote, or - for "
+    "a video from standard input",
+}
+MODEL: dict[str, dict[str, Any]] = {
+    "--model": {
+        "metavar": "DIR_OR_HUB_ID",
+        "type": arguments.text,
+        "help": "a MambaMia checkpoint; without it the small bundled one, which knows shapes, digits and colours",
     },
+    "--device": {"type": arguments.device, "help": "where to compute, e.g. cpu or cuda:1 (default: a GPU if any)"},
+    "--dtype": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "help": "type of the weights (default: the checkpoint's; float32 on a CPU that is faster with it)",
+    },
+}
+PART: dict[str, dict[str, Any]] = {
+    "--start": {
+        "metavar": "TIME",
+        "type": arguments.seconds,
+        "default": 0.0,
+        "help": "look at the video from here on, in seconds or h:mm:ss",
+    },
+    "--end": {
+        "metavar": "TIME",
+        "type": arguments.seconds,
+        "help": "look at the video until here, in seconds or h:mm:ss",
+    },
+    "--seek-mode": {
+        "choices": ("exact", "keyframe"),
+        "help": "take the sampled frames, or the key frames nearest to them, which is faster (default: exact, or "
+        "as the checkpoint says)",
+    },
+}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "--max-new-tokens": {
+        "metavar": "N",
+        "type": arguments.whole_number,
+        "help": "end answers after N tokens (default: as the checkpoint says, or 256)",
+    },
+    "--evidence": {
+        "action": "store_true",
+        "help": "name the times of the frames that question and answer attended to most",
+    },
+}
+SAMPLING: Options = {
     "which frames are sampled": {
         "--num-frames": {
             "metavar": "N",
@@ -77,6 +75,8 @@ ASK: Options = {
             "checkpoint says); images in a folder count as R per second",
         },
     },
+}
+SELECTION: Options = {
     "which sampled frames the language model reads": {
         "--keep-frames": {
             "metavar": "K",
@@ -96,6 +96,47 @@ ASK: Options = {
             "help": "keep every sampled frame",
         },
     },
+}
+ASK: Options = {
+    "": {
+        "video": VIDEO_OR_MEMORY,
+        "questions": {
+            "metavar": "QUESTION",
+            "type": arguments.text,
+            "nargs": "+",
+            "help": "what to ask about it; several questions are answered one by one, for the price of one video",
+        },
+        **MODEL,
+        **PART,
+        **ANSWERS,
+        "--plot": {"metavar": "FILE", "help": "draw Δ over time and the kept frames, as .png, .svg, .pdf ..."},
+        "--json": {
+            "action": "store_true",
+            "help": "print a JSON object per question, each on a line of its own, with all that was measured",
+        },
+    },
+    **SAMPLING,
+    **SELECTION,
+}
+CHAT: Options = {"": {"video": VIDEO_OR_MEMORY, **MODEL, **PART, **ANSWERS}, **SAMPLING, **SELECTION}
+ENCODE: Options = {
+    "": {
+        "videos": {
+            "metavar": "VIDEO",
+            "type": arguments.text,
+            "nargs": "+",
+            "help": "video files, URLs, or folders of frames as images",
+        },
+        "-o, --output": {
+            "metavar": "FOLDER",
+            "type": arguments.text,
+            "required": True,
+            "help": "where to write the memories, each under its video's name; what is there already is skipped",
+        },
+        **MODEL,
+        **PART,
+    },
+    **SAMPLING,
 }
 DEMO: Options = {
     "": {
@@ -158,8 +199,10 @@ SERVE: Options = {
     },
 }
 # Of each command its function, its options, and what it does.
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Options, str]] = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], Options, str]] = {
     "ask": (ask.run, ASK, "ask about a video"),
+    "chat": (chat.run, CHAT, "talk about a video"),
+    "encode": (encode.run, ENCODE, "have videos seen once, and write memories of them that can be asked"),
     "demo": (demo.run, DEMO, "ask about a small video with something hidden in it, and draw a picture of the answer"),
     "watch": (watch.run, WATCH, "ask about a video that is still coming, once per interval"),
     "serve": (serve.run, SERVE, "answer requests in OpenAI's format, by Transformers' own server"),
@@ -175,9 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     escape_unprintable()
     try:
-        given = _build_parser().parse_args(argv)
+        given, unknown = _build_parser().parse_known_args(argv)
+        if unknown:
+            given.command.error(f"unrecognized arguments: {' '.join(unknown)}")
         with short_warnings():
-            given.run(given)
+            return given.run(given) or 0
     except BrokenPipeError:
         # Python would complain of the same when it flushes stdout at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -188,7 +233,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    return 0
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -199,11 +243,11 @@ def _build_parser() -> argparse.ArgumentParser:
     for name, (run, options, purpose) in COMMANDS.items():
         description = f"{purpose[0].upper()}{purpose[1:]}."
         command = commands.add_parser(name, help=purpose, description=description, allow_abbrev=False)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=command)
         for heading, group in options.items():
             target = command.add_argument_group(heading).add_mutually_exclusive_group() if heading else command
             for option, settings in group.items():
-                target.add_argument(option, **settings)
+                target.add_argument(*option.split(", "), **settings)
     return parser
 
 

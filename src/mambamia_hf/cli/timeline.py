@@ -16,8 +16,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, MultipleLocator
 
 from ..files import atomic_write
-from ..inference import Answer, EncodedVideo
+from ..inference import EncodedVideo
 from ..inputs import is_url
+from .console import format_time
 
 
 MAX_THUMBNAILS = 8
@@ -35,30 +36,36 @@ _INK, _MUTED, _FAINT, _KEPT = "#1b2333", "#727b8c", "#e7eaf0", "#d9480f"
 _TICK_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200)
 
 
-def draw_timeline(path: str | os.PathLike[str], encoded: EncodedVideo, answers: Sequence[Answer]) -> None:
-    """Draw what was kept of a video for some answers; thumbnails are decoded again, larger and in their own shape.
+def draw_timeline(
+    path: str | os.PathLike[str], encoded: EncodedVideo, answers: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Draw what was kept of a video; thumbnails are decoded again, larger and in their own shape.
 
     Args:
         path: see [`plot_timeline`].
-        encoded: the video, seen by a model with a temporal layer.
-        answers: what [`EncodedVideo.ask`] gave, one at least.
+        encoded: the video, seen by a model with a temporal layer; of a memory there are no thumbnails.
+        answers: questions and answers, for the title.
     """
+    reader = encoded.reader
 
-    def thumbnails(frames: list[int]) -> np.ndarray:
+    def thumbnails(frames: list[int]) -> Sequence[np.ndarray] | np.ndarray:
+        if reader is None:
+            return []
         wanted = np.array([encoded.frame_indices[frame] for frame in frames])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say of the file has been said
-            images = encoded.reader.frames_at(wanted, _thumbnail).data
+            images = reader.frames_at(wanted, _thumbnail).data
         return images.permute(0, 2, 3, 1).numpy()
 
+    video = encoded.video if reader is not None else encoded.memory.name
     plot_timeline(
         path,
         encoded.timestamps,
         encoded.frame_deltas or (),
         encoded.kept_frames,
         thumbnails,
-        name=Path(urlparse(encoded.video).path if is_url(encoded.video) else encoded.video).name,
-        answers=[(answer.question, answer.answer) for answer in answers],
+        name=Path(urlparse(video).path if is_url(video) else video).name,
+        answers=answers,
     )
 
 
@@ -67,16 +74,6 @@ def _thumbnail(frame: torch.Tensor) -> torch.Tensor:
     size = [max(1, round(scale * side)) for side in frame.shape[1:]]
     frame = torch.nn.functional.interpolate(frame[None].float(), size, mode="bilinear", antialias=True)[0]
     return frame.round().clamp(0, 255).to(torch.uint8)
-
-
-def format_time(seconds: float, decimals: int = 0) -> str:
-    """Seconds as m:ss, from an hour on as h:mm:ss, with so many decimals."""
-    ticks = round(seconds * 10**decimals)
-    whole, rest = divmod(ticks, 10**decimals)
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    text = f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-    return f"{text}.{rest:0{decimals}d}" if decimals else text
 
 
 def thumbnail_frames(frame_deltas: Sequence[float], kept_frames: Sequence[int]) -> list[int]:
@@ -102,7 +99,7 @@ def plot_timeline(
         frame_deltas: Δ of each of these frames.
         kept_frames: numbers of the frames that were kept, ascending, counted among the sampled ones.
         load_thumbnails: called once with the numbers of the frames to show, gives each as an array
-            `(height, width, 3)`.
+            `(height, width, 3)`, or none at all.
         name: of the video.
         answers: questions and answers, for the title.
 
@@ -121,8 +118,10 @@ def plot_timeline(
 
     shown = thumbnail_frames(frame_deltas, kept_frames)
     images = load_thumbnails(shown)
-    aspect = images[0].shape[1] / images[0].shape[0]
-    height = min(_THUMBNAIL_HEIGHT, _thumbnail_width(len(shown)) / aspect)
+    aspect, height = 1.0, 0.0
+    if len(images):
+        aspect = images[0].shape[1] / images[0].shape[0]
+        height = min(_THUMBNAIL_HEIGHT, _thumbnail_width(len(shown)) / aspect)
 
     with warnings.catch_warnings():
         # A character that the font lacks is drawn as a box: seen at once, no need to warn of each.
@@ -131,9 +130,10 @@ def plot_timeline(
         _draw_title(figure, answers)
         axes = figure.add_axes(_box(_LEFT, _STRIP_BOTTOM + height + _AXES_GAP, _WIDTH - _RIGHT, _AXES_TOP))
         _draw_deltas(figure, axes, times, deltas, kept, name)
-        _draw_strip(figure, axes, times, shown, images, height * aspect, height)
         note = "Δ peaks one frame after what the model saw."
-        if len(shown) < kept.sum():
+        if len(images):
+            _draw_strip(figure, axes, times, shown, images, height * aspect, height)
+        if len(images) and len(shown) < kept.sum():
             note += f" Shown are {len(shown)} of the {kept.sum()} kept frames: those of the largest Δ."
         figure.text(_LEFT / _WIDTH, _NOTE_BOTTOM / _HEIGHT, note, size=11, color=_MUTED)
         with atomic_write(path) as partial:

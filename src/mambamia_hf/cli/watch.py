@@ -2,15 +2,13 @@
 
 import json
 import sys
-import tempfile
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import BUNDLED_CHECKPOINT
-from ..inputs import check_checkpoint
-from .console import quieten_libraries, say
+from .console import say
+from .opening import check_output_path, checkpoint_of, say_loading
 
 
 if TYPE_CHECKING:
@@ -20,13 +18,10 @@ if TYPE_CHECKING:
 
 def run(arguments: Namespace) -> None:
     """Watch until the source ends, stalls, or somebody presses Ctrl-C; then save what was seen."""
-    checkpoint = arguments.model or BUNDLED_CHECKPOINT
-    check_checkpoint(checkpoint)
+    checkpoint = checkpoint_of(arguments)
     if arguments.save is not None:
-        check_save_path(arguments.save)
-    if sys.stderr.isatty():
-        say("loading ...")
-    quieten_libraries()
+        check_output_path(arguments.save, "memory")
+    say_loading()
     from ..inference import find_device, load_model, load_processor
     from ..live_video import LiveVideo
 
@@ -56,23 +51,6 @@ def clock(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}"
-
-
-def check_save_path(path: str) -> None:
-    """Check the path of a memory before any work is done for it.
-
-    Raises:
-        ValueError: if the file cannot be written there.
-    """
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder '{folder}' for the memory '{path}'; make it, or name another.")
-    if Path(path).is_dir():
-        raise ValueError(f"there is a folder in the place of the memory '{path}'; name another file.")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"the memory '{path}' cannot be written ({error.strerror}); name another place.") from error
 
 
 class _Watch:
