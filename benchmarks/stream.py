@@ -161,7 +161,7 @@ def measure_windows(num_videos: int) -> None:
                     if kept == NUM_FRAMES:
                         results["anchors"].append(relative_error(stream.memory.anchors, offline.anchors))
                         results["delta"].append(relative_error(stream.memory.frame_deltas, offline.frame_deltas))
-    report("stream_windows", rows_of(found))
+            report("stream_windows", rows_of(found))
 
 
 def rows_of(found: dict[Any, dict[str, list[float]]]) -> list[dict[str, Any]]:
