@@ -1,0 +1,275 @@
+"""What one visitor of the page has open: a video or a memory, and a conversation about it. No visitor sees another's."""
+
+import os
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..auto import MambaMiaForConditionalGeneration, MambaMiaProcessor
+from ..chat import VideoChat
+from ..inputs import check_video, is_url
+from ..video_decoding import VideoReader
+from ..video_memory import VideoMemory
+from ..video_sources import VideoLimits, as_local_file
+from .render import format_time, jpeg_address, shrink, thumbnail_frames
+
+
+# Which frames the language model reads, by what the page calls it.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "as the model says": {},
+    "all": {"delta_threshold": 0.0},
+    "half": {"keep_ratio": 0.5},
+    "a quarter": {"keep_ratio": 0.25},
+    "a tenth": {"keep_ratio": 0.1},
+}
+MAX_EVIDENCE = 5
+_SAME_DURATION = 0.5  # seconds by which a video may differ from that of its memory
+
+
+@dataclass
+class Host:
+    """What all visitors share: one model, and the files that are served, each to who knows its secret address.
+
+    Args:
+        model, processor: of one checkpoint.
+        opens_paths: whether the page lets visitors name files of this machine, and addresses that it can reach.
+        limits: what a video may cost.
+    """
+
+    model: MambaMiaForConditionalGeneration
+    processor: MambaMiaProcessor
+    opens_paths: bool
+    limits: VideoLimits = VideoLimits()
+    files: dict[str, Callable[[], str]] = field(default_factory=dict)
+
+    def publish(self, path: Callable[[], str]) -> str:
+        """The address, relative to the page, of a file whose path is asked for at each request."""
+        key = secrets.token_urlsafe(16)
+        self.files[key] = path
+        return f"media/{key}"
+
+    def withdraw(self, address: str) -> None:
+        del self.files[address.rpartition("/")[2]]
+
+
+class Film:
+    """A video that can be watched until `close()`, which removes what was uploaded or downloaded of it.
+
+    Args:
+        host: who serves it.
+        source: an uploaded file, which is moved; or a path or URL.
+        is_upload: which of these.
+
+    Attributes:
+        name: what to call it.
+        path: of a local file, or of a folder of frames.
+        address: where the browser finds it; None for a folder of frames.
+
+    Raises:
+        OSError, ValueError: if there is nothing at the path, or the download fails.
+    """
+
+    def __init__(self, host: Host, source: str, is_upload: bool):
+        self.name = Path(urlsplit(source).path if is_url(source) else source).name
+        self.address: str | None = None
+        with ExitStack() as resources:
+            if is_upload:
+                folder = resources.enter_context(tempfile.TemporaryDirectory())
+                self.path = shutil.move(source, os.path.join(folder, self.name))
+            else:
+                check_video(source)
+                is_folder = os.path.isdir(source)
+                self.path = source if is_folder else resources.enter_context(as_local_file(source, host.limits))[0]
+            if not os.path.isdir(self.path):
+                self.address = host.publish(lambda: self.path)
+                resources.callback(host.withdraw, self.address)
+            self._resources = resources.pop_all()
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def thumbnails(self, memory: VideoMemory) -> dict[int, str]:
+        """Pictures of the frames that the timeline shows, by their numbers; those that can be decoded."""
+        if self.address is None:
+            return {}
+        wanted = thumbnail_frames(len(memory), memory.frame_deltas)
+        with VideoReader(self.path) as reader:
+            indices = reader.metadata.frames_shown_at([memory.timestamps[frame] for frame in wanted])
+            batch = reader.frames_at(indices, shrink)
+        found = dict(zip(batch.indices, batch.data, strict=True))
+        return {
+            frame: jpeg_address(found[index])
+            for frame, index in zip(wanted, map(int, indices), strict=True)
+            if index in found
+        }
+
+
+class Session:
+    """A visitor's video, memory and conversation; empty at first.
+
+    Args:
+        host: the model and the files that are served.
+
+    Attributes:
+        film: the video to watch, if there is one.
+        memory: of the video that is asked about.
+        memory_address: where the browser finds the saved memory.
+        thumbnails: see [`Film.thumbnails`].
+        chat: the conversation.
+    """
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.film: Film | None = None
+        self.memory: VideoMemory | None = None
+        self.memory_address: str | None = None
+        self.thumbnails: dict[int, str] = {}
+        self.chat: VideoChat | None = None
+        self._folder = tempfile.TemporaryDirectory()
+
+    @property
+    def duration(self) -> float:
+        """Of the video in seconds, as far as known; 0 without a video."""
+        if self.memory is None:
+            return 0.0
+        return max(self.memory.duration or 0.0, *self.memory.timestamps)
+
+    @property
+    def evidence(self) -> list[float]:
+        """Seconds at which the frames are shown that mattered most, of those that the language model read."""
+        if self.memory is None or self.chat is None or self.memory.frame_deltas is None:
+            return []
+        deltas = self.memory.frame_deltas
+        most = sorted(self.chat.kept_frames, key=lambda frame: deltas[frame], reverse=True)[:MAX_EVIDENCE]
+        return [self.memory.timestamps[frame] for frame in sorted(most)]
+
+    def open_video(
+        self,
+        source: str,
+        is_upload: bool,
+        budget: str,
+        sampling: dict[str, Any],
+        progress: Callable[[int, int], None],
+    ) -> list[str]:
+        """Encode a video, and open it in place of what was open; after an error that is still open.
+
+        Args:
+            source, is_upload: see [`Film`].
+            budget: one of `BUDGETS`.
+            sampling: which of its frames, as `encode_video` takes it.
+            progress: called with how many frames are encoded, and of how many.
+
+        Returns:
+            What there is to say of the file, a sentence each.
+
+        Raises:
+            OSError, ValueError: if the video cannot be used.
+        """
+        film = Film(self.host, source, is_upload)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                model, processor = self.host.model, self.host.processor
+                memory = model.encode_video(film.path, processor, progress=progress, **sampling)
+                thumbnails, chat = film.thumbnails(memory), self._chat(memory, budget)
+        except (OSError, ValueError) as error:
+            film.close()
+            raise ValueError(str(error).replace(film.path, film.name)) from error
+        self._open(memory, chat, film, thumbnails)
+        return [str(warning.message).replace(film.path, film.name) for warning in caught]
+
+    def open_memory(self, path: str, budget: str) -> None:
+        """Open a saved memory in place of what was open.
+
+        Raises:
+            OSError, ValueError: if the file is no memory, or that of another model.
+        """
+        try:
+            memory = VideoMemory.load(path, self.host.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(str(error).replace(path, Path(path).name)) from error
+        finally:
+            os.unlink(path)
+        self._open(memory, self._chat(memory, budget), None, {})
+
+    def add_film(self, source: str) -> None:
+        """Add the uploaded video of an open memory, to watch it.
+
+        Raises:
+            OSError, ValueError: if no memory is open, or the file is not the video that it was made of.
+        """
+        if self.memory is None:
+            raise ValueError("there is no memory open; choose one first, then its video.")
+        film = Film(self.host, source, is_upload=True)
+        try:
+            with VideoReader(film.path) as reader:
+                duration = float(reader.metadata.duration or 0)
+            if self.memory.duration is not None and abs(duration - self.memory.duration) > _SAME_DURATION:
+                raise ValueError(
+                    f"the memory is of a video of {format_time(self.memory.duration)}, and {film.name} lasts "
+                    f"{format_time(duration)}; choose the video that it was made of."
+                )
+            thumbnails = film.thumbnails(self.memory)
+        except (OSError, ValueError) as error:
+            film.close()
+            raise ValueError(str(error).replace(film.path, film.name)) from error
+        self._close_film()
+        self.film, self.thumbnails = film, thumbnails
+
+    def choose(self, budget: str) -> None:
+        """Begin a new conversation in which the language model reads other frames; they are not encoded again."""
+        if self.memory is not None:
+            self.chat = self._chat(self.memory, budget)
+
+    def begin_again(self) -> None:
+        """Forget the conversation, not the video."""
+        if self.chat is not None:
+            self.chat = self.chat.fork()
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The answer to a question, in pieces as the model writes it.
+
+        Raises:
+            ValueError: with the first piece, if nothing is open, or the question cannot be asked.
+        """
+        if self.chat is None:
+            raise ValueError("there is no video yet; open one first, then ask about it.")
+        yield from self.chat.stream(question)
+
+    def close(self) -> None:
+        """Remove every file of the visitor's, and forget the rest."""
+        self._close_film()
+        self._close_memory()
+        self._folder.cleanup()
+
+    def _chat(self, memory: VideoMemory, budget: str) -> VideoChat:
+        return VideoChat(self.host.model, self.host.processor, memory, **BUDGETS[budget])
+
+    def _open(self, memory: VideoMemory, chat: VideoChat, film: Film | None, thumbnails: dict[int, str]) -> None:
+        self._close_film()
+        self._close_memory()
+        self.memory, self.chat, self.film, self.thumbnails = memory, chat, film, thumbnails
+        self.memory_address = self.host.publish(self._saved_memory)
+
+    def _saved_memory(self) -> str:
+        assert self.memory is not None
+        path = os.path.join(self._folder.name, f"{Path(self.memory.name).stem}.safetensors")
+        self.memory.save(path)
+        return path
+
+    def _close_film(self) -> None:
+        if self.film is not None:
+            self.film.close()
+        self.film, self.thumbnails = None, {}
+
+    def _close_memory(self) -> None:
+        if self.memory_address is not None:
+            self.host.withdraw(self.memory_address)
+        self.memory = self.memory_address = self.chat = None
