@@ -17,6 +17,12 @@ def whole_number(value: str) -> int:
     return int(value)
 
 
+def port(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and int(value) <= 65535):
+        raise ArgumentTypeError(f"must be a number from 0 to 65535, not '{value}'")
+    return int(value)
+
+
 def share(value: str) -> float:
     if not 0 < (number := _number(value)) <= 1:
         raise ArgumentTypeError(f"must lie above 0 and at most at 1, not '{value}'")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import arguments, ask, chat, demo, encode, serve, watch
+from . import arguments, ask, chat, demo, encode, serve, watch, web
 from .console import escape_unprintable, say, short_warnings
 
 
@@ -198,11 +198,29 @@ SERVE: Options = {
         "options": {"metavar": "OPTION", "nargs": "*", "help": "after --: other options of `transformers serve`"},
     },
 }
+WEB: Options = {
+    "": {
+        **MODEL,
+        "--host": {
+            "metavar": "ADDRESS",
+            "type": arguments.text,
+            "default": "127.0.0.1",
+            "help": "listen there (default: 127.0.0.1, for this machine only); elsewhere the page takes uploads only",
+        },
+        "--port": {
+            "metavar": "N",
+            "type": arguments.port,
+            "default": 7860,
+            "help": "listen at this port, or at a free one for 0 (default: 7860)",
+        },
+    },
+}
 # Of each command its function, its options, and what it does.
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], Options, str]] = {
     "ask": (ask.run, ASK, "ask about a video"),
     "chat": (chat.run, CHAT, "talk about a video"),
     "encode": (encode.run, ENCODE, "have videos seen once, and write memories of them that can be asked"),
+    "web": (web.run, WEB, "serve a page to open videos, see when they matter and ask about them"),
     "demo": (demo.run, DEMO, "ask about a small video with something hidden in it, and draw a picture of the answer"),
     "watch": (watch.run, WATCH, "ask about a video that is still coming, once per interval"),
     "serve": (serve.run, SERVE, "answer requests in OpenAI's format, by Transformers' own server"),

@@ -1,6 +1,1 @@
-"""`mambamia web`: a page to open a video, see when it matters and ask about it. Needs the extra `web`."""
-
-from .server import build_app, serve
-
-
-__all__ = ["build_app", "serve"]
+"""A page to open a video, see when it matters and ask about it: `mambamia web`. Needs the extra `web`."""

@@ -30,7 +30,10 @@
     }
     const links = [...document.querySelectorAll(".mm-strip a")];
     const shown = links.filter((link) => Number(link.hash.slice(3)) <= seconds + 1e-3).pop();
+    if (shown?.hasAttribute("aria-current")) return;
     for (const link of links) link.toggleAttribute("aria-current", link === shown);
+    const strip = shown?.closest(".mm-strip");
+    if (strip) strip.scrollLeft = shown.parentElement.offsetLeft - (strip.clientWidth - shown.offsetWidth) / 2;
   }
 
   function seek(seconds) {

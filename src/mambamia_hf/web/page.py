@@ -29,6 +29,8 @@ Changes = dict[Any, Any]  # of each component that changes, what it shows now
 WELCOME = "Upload a video, or open a saved memory. It is encoded once; after that, questions take moments."
 ASK_FIRST = "### Ask about the video\nTimes in the answers are links that take the player there."
 
+_PROGRESS = gr.Progress()
+
 # The model works for one visitor at a time; the others queue.
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 
@@ -100,7 +102,7 @@ class Page:
             height=540,
             placeholder=ASK_FIRST,
             latex_delimiters=[],
-            buttons=["copy"],
+            buttons=["copy_all"],
             examples=[{"text": question} for question in questions] or None,
             elem_id="mm-chat",
         )
@@ -130,13 +132,14 @@ class Page:
         ]
         sampling = [self.budget, self.num_frames, self.start, self.end]
         shown: dict[str, Any] = {**_MODEL, "outputs": changed, "show_progress_on": self.status}
-        self.upload.upload(self._open_upload, [self.session, self.upload, *sampling], **shown)
+        self.upload.upload(self._open_video, [self.session, self.upload, gr.State(True), *sampling], **shown)
         self.saved.upload(self._open_memory, [self.session, self.saved, self.budget], **shown)
         self.its_video.upload(self._add_film, [self.session, self.its_video], **shown)
         if self.host.opens_paths:
-            self.path.submit(self._open_path, [self.session, self.path, *sampling], **shown)
+            self.path.submit(self._open_video, [self.session, self.path, gr.State(False), *sampling], **shown)
         if self.example is not None:
-            self.try_example.click(self._open_path, [self.session, gr.State(self.example), *sampling], **shown)
+            example = [gr.State(self.example), gr.State(False)]
+            self.try_example.click(self._open_video, [self.session, *example, *sampling], **shown)
         self.budget.input(self._choose, [self.session, self.budget], **shown)
 
     def _connect_conversation(self) -> None:
@@ -151,51 +154,30 @@ class Page:
         for forget in (self.again.click, self.chat.clear):
             forget(self._begin_again, self.session, [self.session, self.chat, self.chat_status], **_MODEL)
 
-    def _open_upload(
-        self,
-        session: Session | None,
-        path: str,
-        budget: str,
-        num_frames: str,
-        start: str,
-        end: str,
-        progress: gr.Progress = gr.Progress(),
-    ) -> Changes:
-        return self._open_video(session, path, True, budget, (num_frames, start, end), progress)
-
-    def _open_path(
-        self,
-        session: Session | None,
-        path: str,
-        budget: str,
-        num_frames: str,
-        start: str,
-        end: str,
-        progress: gr.Progress = gr.Progress(),
-    ) -> Changes:
-        return self._open_video(session, path.strip(), False, budget, (num_frames, start, end), progress)
-
     def _open_video(
         self,
         session: Session | None,
         source: str,
         is_upload: bool,
         budget: str,
-        which: tuple[str, str, str],
-        progress: gr.Progress,
+        num_frames: str,
+        start: str,
+        end: str,
+        progress: gr.Progress = _PROGRESS,  # Gradio puts that of the event in its place
     ) -> Changes:
         session = session or Session(self.host)
 
         def tell(done: int, total: int) -> None:
             progress((done, total), desc="Looking at the frames", unit="frames")
 
-        return self._change(
-            session, lambda: session.open_video(source, is_upload, budget, _sampling(*which), tell), is_new=True
-        )
+        def open_it() -> list[str]:
+            return session.open_video(source.strip(), is_upload, budget, _sampling(num_frames, start, end), tell)
+
+        return self._change(session, open_it)
 
     def _open_memory(self, session: Session | None, path: str, budget: str) -> Changes:
         session = session or Session(self.host)
-        return self._change(session, lambda: session.open_memory(path, budget), is_new=True)
+        return self._change(session, lambda: session.open_memory(path, budget))
 
     def _add_film(self, session: Session | None, path: str) -> Changes:
         session = session or Session(self.host)
@@ -205,7 +187,7 @@ class Page:
         session = session or Session(self.host)
         return self._change(session, lambda: session.choose(budget))
 
-    def _change(self, session: Session, action: Callable[[], list[str] | None], is_new: bool = False) -> Changes:
+    def _change(self, session: Session, action: Callable[[], list[str] | None]) -> Changes:
         """Do something that opens or changes what is shown; an error leaves it as it is."""
         changes: Changes = {self.session: session, self.upload: None, self.saved: None, self.its_video: None}
         try:

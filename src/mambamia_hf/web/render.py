@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: the player, the timeline, times as links. Whatever leads to a moment is `#t=SECONDS`."""
+"""What the page shows, as HTML: player, timeline, times as links. What leads to a moment is a link `#t=SECONDS`."""
 
 import base64
 import html
@@ -169,7 +169,8 @@ def _curve(times: Sequence[float], deltas: Sequence[float], marks: set[int], pea
     ys = [_CURVE_HEIGHT * (1 - delta / (1.05 * peak)) for delta in deltas]
     outline = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
     read = "".join(
-        f"M{xs[frame]:.1f} {_CURVE_HEIGHT}V{ys[frame]:.1f}M{xs[frame]:.1f} {_CURVE_HEIGHT + 4}v8" for frame in sorted(marks)
+        f"M{xs[frame]:.1f} {_CURVE_HEIGHT}V{ys[frame]:.1f}M{xs[frame]:.1f} {_CURVE_HEIGHT + 4}v8"
+        for frame in sorted(marks)
     )
     moments = [first + span * tick / (_NUM_TICKS - 1) for tick in range(_NUM_TICKS)]
     ticks = "".join(f"<time>{format_time(round(moment, 1 if span < 10 else 0))}</time>" for moment in moments)
@@ -177,7 +178,8 @@ def _curve(times: Sequence[float], deltas: Sequence[float], marks: set[int], pea
     return (
         f'<div class="mm-curve" data-points="{points}"><svg viewBox="0 0 {_CURVE_WIDTH} {_CURVE_HEIGHT + 12}" '
         f'preserveAspectRatio="none" role="img" aria-label="Importance of each frame over time">'
-        f'<polygon points="0,{_CURVE_HEIGHT} {outline} {_CURVE_WIDTH},{_CURVE_HEIGHT}"/><path class="mm-read" d="{read}"/></svg>'
+        f'<polygon points="0,{_CURVE_HEIGHT} {outline} {_CURVE_WIDTH},{_CURVE_HEIGHT}"/>'
+        f'<path class="mm-read" d="{read}"/></svg>'
         f'<i class="mm-playhead" hidden></i><output class="mm-tip" hidden></output></div>'
         f'<div class="mm-ticks">{ticks}</div>'
     )

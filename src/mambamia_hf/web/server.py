@@ -27,7 +27,11 @@ from .session import Host
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXAMPLE = str(Path(__file__).parents[1] / "demo" / "needle.mp4")
-EXAMPLE_QUESTIONS = ("What shape appears in the video?", "What colour is the shape?", "How often does the star appear?")
+EXAMPLE_QUESTIONS = (
+    "What shape appears in the video?",
+    "What colour is the shape?",
+    "How often does the star appear?",
+)
 
 Scope, Message = MutableMapping[str, Any], MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]

@@ -1,4 +1,4 @@
-"""What one visitor of the page has open: a video or a memory, and a conversation about it. No visitor sees another's."""
+"""What one visitor of the page has open: a video or a memory, and a conversation. No visitor sees another's."""
 
 import os
 import secrets
