@@ -80,7 +80,7 @@ class Visitor:
         self.page.fill("#mm-question textarea", question)
         self.page.press("#mm-question textarea", "Enter")
         reply = replies.nth(count)
-        reply.get_by_text("Frames that mattered").wait_for()
+        reply.get_by_text("Looked at most").wait_for()
         answer, evidence = reply.inner_text().strip().split("\n", 1)
         return answer.strip(), evidence.strip()
 
@@ -172,9 +172,9 @@ def test_bad_files_are_one_sentence_and_nothing_is_lost(visit, tmp_path):
         visitor.page.wait_for_selector("#mm-status [role=alert]")
         assert name in visitor.alert() and "/" not in visitor.alert()
         assert visitor.page.locator(".mm-strip").count() == 1
-    visitor.open_tab("Memory")
-    visitor.upload("#mm-memory", VIDEO)
-    assert "needle.mp4" in visitor.alert() and "/" not in visitor.alert()
+    (tmp_path / "text.safetensors").write_text("This is no memory.")
+    visitor.upload("#mm-upload", tmp_path / "text.safetensors")
+    assert "text.safetensors" in visitor.alert() and "/" not in visitor.alert()
     assert visitor.ask(NEEDLE["question"])[0] == NEEDLE["answer"]
 
 
@@ -239,12 +239,10 @@ def test_a_memory_is_saved_loaded_and_shown_its_video(visit, tmp_path):
     download.value.save_as(memory)
 
     other = visit()
-    other.open_tab("Memory")
-    other.upload("#mm-memory", memory)
+    other.upload("#mm-upload", memory)
     other.page.wait_for_selector(".mm-strip")
     assert other.page.locator("#mm-player video").count() == 0
     assert other.ask(NEEDLE["question"]) == answer
-    other.open_sources()
     other.upload("#mm-its-video", write_video(tmp_path / "other.mp4", num_frames=16, fps=2))
     assert "other.mp4 lasts 0:08" in other.alert()
     other.upload("#mm-its-video", VIDEO)
@@ -255,8 +253,7 @@ def test_a_memory_is_saved_loaded_and_shown_its_video(visit, tmp_path):
     model, processor = tiny_checkpoint(tmp_path / "model")
     model.encode_video(VIDEO, processor, num_frames=8).save(tmp_path / "foreign.safetensors")
     third = visit()
-    third.open_tab("Memory")
-    third.upload("#mm-memory", tmp_path / "foreign.safetensors")
+    third.upload("#mm-upload", tmp_path / "foreign.safetensors")
     assert "model" in third.alert() and "/" not in third.alert()
 
 
@@ -272,7 +269,7 @@ def test_two_visitors_at_once_see_their_own(visit, tmp_path):
         visitor.page.fill("#mm-question textarea", NEEDLE["question"])
         visitor.page.press("#mm-question textarea", "Enter")
     for visitor in (first, second):
-        visitor.page.get_by_text("Frames that mattered").wait_for()
+        visitor.page.get_by_text("Looked at most").wait_for()
     assert first.page.locator("#mm-chat .bot.message").inner_text().strip().startswith(NEEDLE["answer"])
     sources = {visitor.page.get_attribute("#mm-player video", "src") for visitor in (first, second)}
     assert len(sources) == 2

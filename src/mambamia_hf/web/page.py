@@ -20,7 +20,7 @@ from .render import (
     saved_link,
     timeline,
 )
-from .session import BUDGETS, Host, Session
+from .session import BUDGETS, Host, Session, deltas_of
 
 
 Messages = list[dict[str, Any]]
@@ -69,21 +69,16 @@ class Page:
         with gr.Accordion("Open a video", elem_id="mm-open") as self.sources:
             with gr.Tabs():
                 with gr.Tab("Upload"):
-                    self.upload = gr.File(label="Video", height=130, elem_id="mm-upload")
+                    self.upload = gr.File(label="A video, or a saved memory", height=130, elem_id="mm-upload")
                 if self.host.opens_paths:
                     with gr.Tab("Path"):
                         self.path = gr.Textbox(
                             "",
-                            label="A file or a folder of frames on this machine, or a URL",
+                            label="A video, a folder of its frames or a saved memory on this machine, or a URL",
                             placeholder="/videos/trip.mp4",
                             submit_btn="Open",
                             elem_id="mm-path",
                         )
-                with gr.Tab("Memory"):
-                    self.saved = gr.File(label="Memory (.safetensors)", height=130, elem_id="mm-memory")
-                    self.its_video = gr.File(
-                        label="Its video, to watch (optional)", height=130, elem_id="mm-its-video"
-                    )
             with gr.Accordion("Which frames are looked at", open=False), gr.Row():
                 self.num_frames = gr.Textbox("", label="Number", placeholder="as set", min_width=80)
                 self.start = gr.Textbox("", label="From", placeholder="0:00", min_width=80)
@@ -94,6 +89,7 @@ class Page:
     def _place_screen(self) -> None:
         self.status = gr.HTML(notice(WELCOME), elem_id="mm-status")
         self.screen = gr.HTML(elem_id="mm-player")
+        self.its_video = gr.File(label="Its video, to watch it", height=110, visible=False, elem_id="mm-its-video")
         self.timeline = gr.HTML(elem_id="mm-timeline")
 
     def _place_conversation(self, questions: tuple[str, ...]) -> None:
@@ -127,19 +123,18 @@ class Page:
 
     def _connect_sources(self) -> None:
         changed = [
-            *(self.session, self.sources, self.upload, self.saved, self.its_video, self.status, self.screen),
+            *(self.session, self.sources, self.upload, self.its_video, self.status, self.screen),
             *(self.timeline, self.budget, self.save, self.chat, self.chat_status),
         ]
         sampling = [self.budget, self.num_frames, self.start, self.end]
         shown: dict[str, Any] = {**_MODEL, "outputs": changed, "show_progress_on": self.status}
-        self.upload.upload(self._open_video, [self.session, self.upload, gr.State(True), *sampling], **shown)
-        self.saved.upload(self._open_memory, [self.session, self.saved, self.budget], **shown)
+        self.upload.upload(self._open, [self.session, self.upload, gr.State(True), *sampling], **shown)
         self.its_video.upload(self._add_film, [self.session, self.its_video], **shown)
         if self.host.opens_paths:
-            self.path.submit(self._open_video, [self.session, self.path, gr.State(False), *sampling], **shown)
+            self.path.submit(self._open, [self.session, self.path, gr.State(False), *sampling], **shown)
         if self.example is not None:
             example = [gr.State(self.example), gr.State(False)]
-            self.try_example.click(self._open_video, [self.session, *example, *sampling], **shown)
+            self.try_example.click(self._open, [self.session, *example, *sampling], **shown)
         self.budget.input(self._choose, [self.session, self.budget], **shown)
 
     def _connect_conversation(self) -> None:
@@ -154,7 +149,7 @@ class Page:
         for forget in (self.again.click, self.chat.clear):
             forget(self._begin_again, self.session, [self.session, self.chat, self.chat_status], **_MODEL)
 
-    def _open_video(
+    def _open(
         self,
         session: Session | None,
         source: str,
@@ -171,13 +166,9 @@ class Page:
             progress((done, total), desc="Looking at the frames", unit="frames")
 
         def open_it() -> list[str]:
-            return session.open_video(source.strip(), is_upload, budget, _sampling(num_frames, start, end), tell)
+            return session.open(source.strip(), is_upload, budget, _sampling(num_frames, start, end), tell)
 
         return self._change(session, open_it)
-
-    def _open_memory(self, session: Session | None, path: str, budget: str) -> Changes:
-        session = session or Session(self.host)
-        return self._change(session, lambda: session.open_memory(path, budget))
 
     def _add_film(self, session: Session | None, path: str) -> Changes:
         session = session or Session(self.host)
@@ -189,7 +180,7 @@ class Page:
 
     def _change(self, session: Session, action: Callable[[], list[str] | None]) -> Changes:
         """Do something that opens or changes what is shown; an error leaves it as it is."""
-        changes: Changes = {self.session: session, self.upload: None, self.saved: None, self.its_video: None}
+        changes: Changes = {self.session: session, self.upload: None, self.its_video: None}
         try:
             said = action() or []
         except (OSError, ValueError) as error:
@@ -205,7 +196,8 @@ class Page:
         return {
             self.sources: gr.Accordion(open=False),
             self.screen: player(film and film.address, memory.name),
-            self.timeline: timeline(memory.timestamps, memory.frame_deltas, kept, session.thumbnails),
+            self.its_video: gr.File(None, visible=film is None),
+            self.timeline: timeline(memory.timestamps, deltas_of(memory), kept, session.thumbnails),
             self.budget: gr.Radio(visible=memory.frame_deltas is not None),
             self.save: saved_link(session.memory_address, memory.name),
             self.chat: [],
@@ -269,10 +261,8 @@ def _sampling(num_frames: str, start: str, end: str) -> dict[str, Any]:
 
 def _sentences(session: Session, said: list[str]) -> str:
     """What is open, and what there is to say of it."""
-    memory, film = session.memory, session.film
+    memory = session.memory
     if memory is None:
         return WELCOME
     lasts = "" if memory.duration is None else f" ({format_time(memory.duration)})"
-    about = f"Open: {memory.name}{lasts}, {len(memory)} frames."
-    hint = [] if film is not None else ["To watch it, add its video under 'Memory'."]
-    return " ".join([about, *hint, *said])
+    return " ".join([f"Open: {memory.name}{lasts}, {len(memory)} frames.", *said])

@@ -64,8 +64,8 @@ def plain_markdown(text: str) -> str:
 
 
 def evidence_markdown(times: Sequence[float]) -> str:
-    """A line with links to the frames that mattered."""
-    return f"*Frames that mattered most:* {' · '.join(map(time_link, times))}"
+    """A line with links to the frames that an answer comes from."""
+    return f"*Looked at most:* {' · '.join(map(time_link, times))}"
 
 
 def notice(text: str, is_error: bool = False) -> str:
@@ -77,14 +77,14 @@ def notice(text: str, is_error: bool = False) -> str:
 
 
 def player(source: str | None, name: str) -> str:
-    """The video itself, or a line where there is none.
+    """The video itself, if there is one.
 
     Args:
         source: address of the video.
         name: what to call it.
     """
     if source is None:
-        return notice(f"{name} has no pictures here: add its video to watch it.") if name else ""
+        return ""
     return (
         f'<video src="{html.escape(source)}" controls playsinline preload="metadata" '
         f'aria-label="{html.escape(name)}"></video>'

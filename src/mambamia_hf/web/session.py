@@ -6,17 +6,18 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..auto import MambaMiaForConditionalGeneration, MambaMiaProcessor
 from ..chat import VideoChat
-from ..inputs import check_video, is_url
+from ..inputs import check_video, is_memory, is_url
 from ..video_decoding import VideoReader
 from ..video_memory import VideoMemory
+from ..video_sampling import open_video
 from ..video_sources import VideoLimits, as_local_file
 from .render import format_time, jpeg_address, shrink, thumbnail_frames
 
@@ -29,7 +30,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "a quarter": {"keep_ratio": 0.25},
     "a tenth": {"keep_ratio": 0.1},
 }
-MAX_EVIDENCE = 5
+MAX_EVIDENCE = 3
 _SAME_DURATION = 0.5  # seconds by which a video may differ from that of its memory
 
 
@@ -95,12 +96,21 @@ class Film:
     def close(self) -> None:
         self._resources.close()
 
-    def thumbnails(self, memory: VideoMemory) -> dict[int, str]:
+    @contextmanager
+    def kept_if_usable(self) -> Iterator[None]:
+        """Closes the film after an error, whose sentence then has its name in place of a path that tells nothing."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError | ValueError):
+                raise ValueError(str(error).replace(self.path, self.name)) from error
+            raise
+
+    def thumbnails(self, memory: VideoMemory, processor: MambaMiaProcessor) -> dict[int, str]:
         """Pictures of the frames that the timeline shows, by their numbers; those that can be decoded."""
-        if self.address is None:
-            return {}
-        wanted = thumbnail_frames(len(memory), memory.frame_deltas)
-        with VideoReader(self.path) as reader:
+        wanted = thumbnail_frames(len(memory), deltas_of(memory))
+        with closing(open_video(self.path, processor.video_processor)) as reader:
             indices = reader.metadata.frames_shown_at([memory.timestamps[frame] for frame in wanted])
             batch = reader.frames_at(indices, shrink)
         found = dict(zip(batch.indices, batch.data, strict=True))
@@ -109,6 +119,11 @@ class Film:
             for frame, index in zip(wanted, map(int, indices), strict=True)
             if index in found
         }
+
+
+def deltas_of(memory: VideoMemory) -> list[float] | None:
+    """Δ of each frame of a memory, if it has any."""
+    return None if memory.frame_deltas is None else memory.frame_deltas.tolist()
 
 
 class Session:
@@ -143,14 +158,15 @@ class Session:
 
     @property
     def evidence(self) -> list[float]:
-        """Seconds at which the frames are shown that mattered most, of those that the language model read."""
-        if self.memory is None or self.chat is None or self.memory.frame_deltas is None:
+        """Seconds of the frames that the last question and its answer attended to most, the most important first."""
+        if self.chat is None or not self.chat.messages:
             return []
-        deltas = self.memory.frame_deltas
-        most = sorted(self.chat.kept_frames, key=lambda frame: deltas[frame], reverse=True)[:MAX_EVIDENCE]
-        return [self.memory.timestamps[frame] for frame in sorted(most)]
+        try:
+            return [row["time"] for row in self.chat.evidence(MAX_EVIDENCE)]
+        except ValueError:  # the model has nothing to tell frames by
+            return []
 
-    def open_video(
+    def open(
         self,
         source: str,
         is_upload: bool,
@@ -158,46 +174,43 @@ class Session:
         sampling: dict[str, Any],
         progress: Callable[[int, int], None],
     ) -> list[str]:
-        """Encode a video, and open it in place of what was open; after an error that is still open.
+        """Open a video, which is encoded, or a saved memory in place of what was open; after an error that still is.
 
         Args:
-            source, is_upload: see [`Film`].
+            source: an uploaded file, which is moved or removed; or a path or URL.
+            is_upload: which of these.
             budget: one of `BUDGETS`.
-            sampling: which of its frames, as `encode_video` takes it.
+            sampling: which frames of a video, as `encode_video` takes it.
             progress: called with how many frames are encoded, and of how many.
 
         Returns:
             What there is to say of the file, a sentence each.
 
         Raises:
-            OSError, ValueError: if the video cannot be used.
+            OSError, ValueError: if the video or the memory cannot be used.
         """
+        if is_memory(source):
+            self._open_memory(source, is_upload, budget)
+            return []
         film = Film(self.host, source, is_upload)
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                model, processor = self.host.model, self.host.processor
-                memory = model.encode_video(film.path, processor, progress=progress, **sampling)
-                thumbnails, chat = film.thumbnails(memory), self._chat(memory, budget)
-        except (OSError, ValueError) as error:
-            film.close()
-            raise ValueError(str(error).replace(film.path, film.name)) from error
-        self._open(memory, chat, film, thumbnails)
+        with film.kept_if_usable(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model, processor = self.host.model, self.host.processor
+            memory = model.encode_video(film.path, processor, progress=progress, **sampling)
+            memory = replace(memory, name=film.name)
+            thumbnails, chat = film.thumbnails(memory, processor), self._chat(memory, budget)
+        self._show(memory, chat, film, thumbnails)
         return [str(warning.message).replace(film.path, film.name) for warning in caught]
 
-    def open_memory(self, path: str, budget: str) -> None:
-        """Open a saved memory in place of what was open.
-
-        Raises:
-            OSError, ValueError: if the file is no memory, or that of another model.
-        """
+    def _open_memory(self, path: str, is_upload: bool, budget: str) -> None:
         try:
-            memory = VideoMemory.load(path, self.host.model)
+            memory = VideoMemory.load(path, self.host.model, self.host.processor)
         except (OSError, ValueError) as error:
             raise ValueError(str(error).replace(path, Path(path).name)) from error
         finally:
-            os.unlink(path)
-        self._open(memory, self._chat(memory, budget), None, {})
+            if is_upload:
+                os.unlink(path)
+        self._show(memory, self._chat(memory, budget), None, {})
 
     def add_film(self, source: str) -> None:
         """Add the uploaded video of an open memory, to watch it.
@@ -208,7 +221,7 @@ class Session:
         if self.memory is None:
             raise ValueError("there is no memory open; choose one first, then its video.")
         film = Film(self.host, source, is_upload=True)
-        try:
+        with film.kept_if_usable():
             with VideoReader(film.path) as reader:
                 duration = float(reader.metadata.duration or 0)
             if self.memory.duration is not None and abs(duration - self.memory.duration) > _SAME_DURATION:
@@ -216,10 +229,7 @@ class Session:
                     f"the memory is of a video of {format_time(self.memory.duration)}, and {film.name} lasts "
                     f"{format_time(duration)}; choose the video that it was made of."
                 )
-            thumbnails = film.thumbnails(self.memory)
-        except (OSError, ValueError) as error:
-            film.close()
-            raise ValueError(str(error).replace(film.path, film.name)) from error
+            thumbnails = film.thumbnails(self.memory, self.host.processor)
         self._close_film()
         self.film, self.thumbnails = film, thumbnails
 
@@ -252,7 +262,7 @@ class Session:
     def _chat(self, memory: VideoMemory, budget: str) -> VideoChat:
         return VideoChat(self.host.model, self.host.processor, memory, **BUDGETS[budget])
 
-    def _open(self, memory: VideoMemory, chat: VideoChat, film: Film | None, thumbnails: dict[int, str]) -> None:
+    def _show(self, memory: VideoMemory, chat: VideoChat, film: Film | None, thumbnails: dict[int, str]) -> None:
         self._close_film()
         self._close_memory()
         self.memory, self.chat, self.film, self.thumbnails = memory, chat, film, thumbnails
