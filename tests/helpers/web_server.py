@@ -21,7 +21,7 @@ def find_browser() -> str | None:
 
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """The address of a page that is served meanwhile; temporary files go to `folder`, and are gone afterwards."""
+    """The address of a page that is served meanwhile; temporary files go to `folder`, and none is left afterwards."""
     command = [*COMMAND, "web", "--port", "0", *arguments]
     process = subprocess.Popen(
         command, env=environment(TMPDIR=os.fspath(folder)), stderr=subprocess.PIPE, text=True, encoding="utf-8"
@@ -40,4 +40,5 @@ def serving(folder: Path, *arguments: str) -> Iterator[str]:
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[1]
     assert "Traceback" not in rest, rest
-    assert list(folder.iterdir()) == []
+    left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert left == [], left

@@ -23,7 +23,7 @@ pytestmark = [
 
 NEEDLE = json.loads(VIDEO.with_suffix(".json").read_text(encoding="utf-8"))
 DURATION = 32.0
-PATIENCE = 120_000  # milliseconds; machines may be busy
+PATIENCE = 60_000  # milliseconds; machines may be busy
 PHONE = {"width": 390, "height": 844}
 
 
@@ -254,7 +254,7 @@ def test_a_memory_is_saved_loaded_and_shown_its_video(visit, tmp_path):
     model.encode_video(VIDEO, processor, num_frames=8).save(tmp_path / "foreign.safetensors")
     third = visit()
     third.upload("#mm-upload", tmp_path / "foreign.safetensors")
-    assert "model" in third.alert() and "/" not in third.alert()
+    assert "another model" in third.alert()
 
 
 def test_two_visitors_at_once_see_their_own(visit, tmp_path):

@@ -195,11 +195,11 @@ class Page:
         kept = chat.kept_frames
         return {
             self.sources: gr.Accordion(open=False),
-            self.screen: player(film and film.address, memory.name),
+            self.screen: player(film and film.address, session.name),
             self.its_video: gr.File(None, visible=film is None),
             self.timeline: timeline(memory.timestamps, deltas_of(memory), kept, session.thumbnails),
             self.budget: gr.Radio(visible=memory.frame_deltas is not None),
-            self.save: saved_link(session.memory_address, memory.name),
+            self.save: saved_link(session.memory_address, session.name),
             self.chat: [],
             self.chat_status: "",
         }
@@ -265,4 +265,4 @@ def _sentences(session: Session, said: list[str]) -> str:
     if memory is None:
         return WELCOME
     lasts = "" if memory.duration is None else f" ({format_time(memory.duration)})"
-    return " ".join([f"Open: {memory.name}{lasts}, {len(memory)} frames.", *said])
+    return " ".join([f"Open: {session.name}{lasts}, {len(memory)} frames.", *said])

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from ..auto import MambaMiaForConditionalGeneration, MambaMiaProcessor
 from ..chat import VideoChat
-from ..inputs import check_video, is_memory, is_url
+from ..inputs import MEMORY_SUFFIX, check_video, is_memory, is_url
 from ..video_decoding import VideoReader
 from ..video_memory import VideoMemory
 from ..video_sampling import open_video
@@ -110,7 +110,7 @@ class Film:
     def thumbnails(self, memory: VideoMemory, processor: MambaMiaProcessor) -> dict[int, str]:
         """Pictures of the frames that the timeline shows, by their numbers; those that can be decoded."""
         wanted = thumbnail_frames(len(memory), deltas_of(memory))
-        with closing(open_video(self.path, processor.video_processor)) as reader:
+        with closing(open_video(self.path, processor.video_processor, None, None)) as reader:
             indices = reader.metadata.frames_shown_at([memory.timestamps[frame] for frame in wanted])
             batch = reader.frames_at(indices, shrink)
         found = dict(zip(batch.indices, batch.data, strict=True))
@@ -148,6 +148,11 @@ class Session:
         self.thumbnails: dict[int, str] = {}
         self.chat: VideoChat | None = None
         self._folder = tempfile.TemporaryDirectory()
+
+    @property
+    def name(self) -> str:
+        """What to call the video."""
+        return Path(self.memory.name).name if self.memory is not None else ""
 
     @property
     def duration(self) -> float:
@@ -270,7 +275,7 @@ class Session:
 
     def _saved_memory(self) -> str:
         assert self.memory is not None
-        path = os.path.join(self._folder.name, f"{Path(self.memory.name).stem}.safetensors")
+        path = os.path.join(self._folder.name, f"{Path(self.name).stem}{MEMORY_SUFFIX}")
         self.memory.save(path)
         return path
 
