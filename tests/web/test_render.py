@@ -7,7 +7,8 @@ from mambamia_hf.web.render import (
     MAX_THUMBNAILS,
     THUMBNAIL_PIXELS,
     answer_markdown,
-    format_time,
+    clock,
+    evidence_markdown,
     notice,
     shrink,
     thumbnail_frames,
@@ -20,7 +21,7 @@ from mambamia_hf.web.render import (
     [(0, "0:00"), (59.96, "1:00"), (61.5, "1:01.5"), (754, "12:34"), (3599.99, "1:00:00"), (3661, "1:01:01")],
 )
 def test_times_as_people_write_them(seconds, text):
-    assert format_time(seconds) == text
+    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,13 @@ def test_what_is_no_time_of_the_video_is_no_link(answer):
 def test_an_answer_shows_its_very_characters():
     text = answer_markdown("<img src=x> **a** [b](c) `d` & #e", duration=60)
     assert text == r"&lt;img src=x&gt; \*\*a\*\* \[b\]\(c\) \`d\` &amp; \#e"
+
+
+def test_evidence_is_links():
+    rows = [{"time": 15.5, "delta": 0.1, "attention": 0.3}, {"time": 3700.0, "delta": 0.1, "attention": 0.2}]
+    assert evidence_markdown(rows) == "*Looked most at* [0:15.5](#t=15.5) · [1:01:40](#t=3700)"
+    assert evidence_markdown([{**row, "attention": None} for row in rows]).startswith("*Δ is largest at*")
+    assert evidence_markdown([]) == ""
 
 
 def test_a_notice_is_one_escaped_sentence():

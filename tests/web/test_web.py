@@ -80,7 +80,7 @@ class Visitor:
         self.page.fill("#mm-question textarea", question)
         self.page.press("#mm-question textarea", "Enter")
         reply = replies.nth(count)
-        reply.get_by_text("Looked at most").wait_for()
+        reply.get_by_text("Looked most at").wait_for()
         answer, evidence = reply.inner_text().strip().split("\n", 1)
         return answer.strip(), evidence.strip()
 
@@ -234,8 +234,8 @@ def test_a_memory_is_saved_loaded_and_shown_its_video(visit, tmp_path):
     answer = visitor.ask(NEEDLE["question"])
     with visitor.page.expect_download() as download:
         visitor.page.click("#mm-save a")
-    assert download.value.suggested_filename == "needle.safetensors"
-    memory = tmp_path / "needle.safetensors"
+    assert download.value.suggested_filename == "needle.mp4.safetensors"
+    memory = tmp_path / "needle.mp4.safetensors"
     download.value.save_as(memory)
 
     other = visit()
@@ -269,7 +269,7 @@ def test_two_visitors_at_once_see_their_own(visit, tmp_path):
         visitor.page.fill("#mm-question textarea", NEEDLE["question"])
         visitor.page.press("#mm-question textarea", "Enter")
     for visitor in (first, second):
-        visitor.page.get_by_text("Looked at most").wait_for()
+        visitor.page.get_by_text("Looked most at").wait_for()
     assert first.page.locator("#mm-chat .bot.message").inner_text().strip().startswith(NEEDLE["answer"])
     sources = {visitor.page.get_attribute("#mm-player video", "src") for visitor in (first, second)}
     assert len(sources) == 2

@@ -3,18 +3,16 @@
 from argparse import Namespace
 from importlib.util import find_spec
 
-from .. import BUNDLED_CHECKPOINT
-from ..inputs import check_checkpoint
-from .console import quieten_libraries, say
+from .console import say
+from .opening import checkpoint_of, say_loading
 
 
 def run(arguments: Namespace) -> None:
-    checkpoint = arguments.model or BUNDLED_CHECKPOINT
-    check_checkpoint(checkpoint)
+    """Serve the page until Ctrl-C."""
+    checkpoint = checkpoint_of(arguments)
     if find_spec("gradio") is None:
         raise ValueError("the page needs Gradio, which is not installed; install mambamia_hf with its extra 'web'.")
-    say("loading ...")
-    quieten_libraries()
+    say_loading()
     from ..web.server import LOOPBACK, serve
 
     if arguments.host not in LOOPBACK:

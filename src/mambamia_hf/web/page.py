@@ -12,8 +12,8 @@ from ..cli.arguments import seconds, whole_number
 from ..inputs import check_part
 from .render import (
     answer_markdown,
+    clock,
     evidence_markdown,
-    format_time,
     notice,
     plain_markdown,
     player,
@@ -228,9 +228,8 @@ class Page:
             yield {**end, self.question: back, self.chat: before, self.chat_status: notice(str(error), is_error=True)}
             return
         reply = answer_markdown(answer, duration) or "*(no answer)*"
-        if session.evidence:
-            reply += f"\n\n{evidence_markdown(session.evidence)}"
-        yield {**end, self.chat: [*asked, {"role": "assistant", "content": reply}]}
+        reply += f"\n\n{evidence_markdown(session.evidence())}"
+        yield {**end, self.chat: [*asked, {"role": "assistant", "content": reply.rstrip()}]}
 
     def _ask_example(self, session: Session | None, messages: Messages, chosen: gr.SelectData) -> Iterator[Changes]:
         yield from self._ask(session, chosen.value["text"], messages)
@@ -264,5 +263,5 @@ def _sentences(session: Session, said: list[str]) -> str:
     memory = session.memory
     if memory is None:
         return WELCOME
-    lasts = "" if memory.duration is None else f" ({format_time(memory.duration)})"
+    lasts = "" if memory.duration is None else f" ({clock(memory.duration)})"
     return " ".join([f"Open: {session.name}{lasts}, {len(memory)} frames.", *said])

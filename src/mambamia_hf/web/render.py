@@ -6,10 +6,13 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from ..cli.console import format_time
 
 
 MAX_THUMBNAILS = 24
@@ -21,19 +24,14 @@ _NUM_TICKS = 5
 _CURVE_WIDTH, _CURVE_HEIGHT = 1000, 100
 
 
-def format_time(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """`m:ss`, or `h:mm:ss` from an hour on; with a tenth of a second where there is one."""
-    tenths = round(seconds * 10)
-    whole, tenth = divmod(tenths, 10)
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-    return f"{text}.{tenth}" if tenth else text
+    return format_time(seconds, decimals=int(round(10 * seconds) % 10 > 0))
 
 
 def time_link(seconds: float, text: str | None = None) -> str:
     """A link, in Markdown, that takes the player to a moment."""
-    return f"[{text or format_time(seconds)}](#t={_fragment(seconds)})"
+    return f"[{text or clock(seconds)}](#t={_fragment(seconds)})"
 
 
 def _fragment(seconds: float) -> str:
@@ -63,9 +61,12 @@ def plain_markdown(text: str) -> str:
     return html.escape(_MARKDOWN.sub(r"\\\1", text), quote=False)
 
 
-def evidence_markdown(times: Sequence[float]) -> str:
-    """A line with links to the frames that an answer comes from."""
-    return f"*Looked at most:* {' · '.join(map(time_link, times))}"
+def evidence_markdown(evidence: Sequence[Mapping[str, Any]]) -> str:
+    """A line with links to the frames of [`VideoChat.evidence`]; nothing if there are none."""
+    if not evidence:
+        return ""
+    what = "Δ is largest at" if evidence[0]["attention"] is None else "Looked most at"
+    return f"*{what}* {' · '.join(time_link(row['time']) for row in evidence)}"
 
 
 def notice(text: str, is_error: bool = False) -> str:
@@ -148,10 +149,10 @@ def timeline(
         time, delta = times[frame], None if deltas is None else deltas[frame]
         picture = f'<img src="{thumbnails[frame]}" alt="" loading="lazy">' if frame in thumbnails else ""
         bar = "" if delta is None else f'<span class="mm-bar"><i style="width:{100 * delta / peak:.0f}%"></i></span>'
-        told = f"Go to {format_time(time)}" + ("" if delta is None else f", Δ {delta:.3g}")
+        told = f"Go to {clock(time)}" + ("" if delta is None else f", Δ {delta:.3g}")
         items.append(
             f'<li><a href="#t={_fragment(time)}" class="{"mm-kept" if frame in marks else ""}" aria-label="{told}" '
-            f'title="{told}">{picture}{bar}<time>{format_time(time)}</time></a></li>'
+            f'title="{told}">{picture}{bar}<time>{clock(time)}</time></a></li>'
         )
     read = "all of them are" if len(marks) == len(times) else f"{len(marks)} are"
     curve = "" if deltas is None else _curve(times, deltas, marks, peak)
@@ -173,7 +174,7 @@ def _curve(times: Sequence[float], deltas: Sequence[float], marks: set[int], pea
         for frame in sorted(marks)
     )
     moments = [first + span * tick / (_NUM_TICKS - 1) for tick in range(_NUM_TICKS)]
-    ticks = "".join(f"<time>{format_time(round(moment, 1 if span < 10 else 0))}</time>" for moment in moments)
+    ticks = "".join(f"<time>{clock(round(moment, 1 if span < 10 else 0))}</time>" for moment in moments)
     points = " ".join(f"{_fragment(time)},{delta:.3g}" for time, delta in zip(times, deltas, strict=True))
     return (
         f'<div class="mm-curve" data-points="{points}"><svg viewBox="0 0 {_CURVE_WIDTH} {_CURVE_HEIGHT + 12}" '

@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, PlainTextResponse
 
 from .. import BUNDLED_CHECKPOINT
 from ..auto import MambaMiaForConditionalGeneration, MambaMiaProcessor
-from ..inference import load
+from ..inference import load_checkpoint
 from .page import Page
 from .render import asset
 from .session import Host
@@ -59,7 +59,7 @@ def serve(
     """
     with _listen(host, port) as listener, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; what is left of them goes with the folder
-        model, processor = load(checkpoint, device, dtype)
+        model, processor = load_checkpoint(checkpoint, device, dtype)
         app = build_app(model, processor, str(checkpoint), opens_paths=host in LOOPBACK)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         shown = f"[{host}]" if ":" in host else host

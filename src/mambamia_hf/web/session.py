@@ -7,10 +7,10 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..auto import MambaMiaForConditionalGeneration, MambaMiaProcessor
 from ..chat import VideoChat
@@ -19,7 +19,7 @@ from ..video_decoding import VideoReader
 from ..video_memory import VideoMemory
 from ..video_sampling import open_video
 from ..video_sources import VideoLimits, as_local_file
-from .render import format_time, jpeg_address, shrink, thumbnail_frames
+from .render import clock, jpeg_address, shrink, thumbnail_frames
 
 
 # Which frames the language model reads, by what the page calls it.
@@ -78,20 +78,26 @@ class Film:
     """
 
     def __init__(self, host: Host, source: str, is_upload: bool):
-        self.name = Path(urlsplit(source).path if is_url(source) else source).name
+        self.name = Path(unquote(urlsplit(source).path) if is_url(source) else source).name or "video"
         self.address: str | None = None
         with ExitStack() as resources:
             if is_upload:
-                folder = resources.enter_context(tempfile.TemporaryDirectory())
-                self.path = shutil.move(source, os.path.join(folder, self.name))
+                self.path = self._take(source, resources)
+            elif is_url(source):
+                with as_local_file(source, host.limits) as (path, _):
+                    self.path = self._take(path, resources)
             else:
                 check_video(source)
-                is_folder = os.path.isdir(source)
-                self.path = source if is_folder else resources.enter_context(as_local_file(source, host.limits))[0]
+                self.path = source
             if not os.path.isdir(self.path):
                 self.address = host.publish(lambda: self.path)
                 resources.callback(host.withdraw, self.address)
             self._resources = resources.pop_all()
+
+    def _take(self, path: str, resources: ExitStack) -> str:
+        """Moves a file to a folder of its own, under the video's name."""
+        folder = resources.enter_context(tempfile.TemporaryDirectory())
+        return shutil.move(path, os.path.join(folder, self.name))
 
     def close(self) -> None:
         self._resources.close()
@@ -161,13 +167,12 @@ class Session:
             return 0.0
         return max(self.memory.duration or 0.0, *self.memory.timestamps)
 
-    @property
-    def evidence(self) -> list[float]:
-        """Seconds of the frames that the last question and its answer attended to most, the most important first."""
+    def evidence(self) -> list[dict[str, Any]]:
+        """The frames that the last question and its answer attended to most; see [`VideoChat.evidence`]."""
         if self.chat is None or not self.chat.messages:
             return []
         try:
-            return [row["time"] for row in self.chat.evidence(MAX_EVIDENCE)]
+            return self.chat.evidence(MAX_EVIDENCE)
         except ValueError:  # the model has nothing to tell frames by
             return []
 
@@ -202,7 +207,6 @@ class Session:
             warnings.simplefilter("always", UserWarning)
             model, processor = self.host.model, self.host.processor
             memory = model.encode_video(film.path, processor, progress=progress, **sampling)
-            memory = replace(memory, name=film.name)
             thumbnails, chat = film.thumbnails(memory, processor), self._chat(memory, budget)
         self._show(memory, chat, film, thumbnails)
         return [str(warning.message).replace(film.path, film.name) for warning in caught]
@@ -231,8 +235,8 @@ class Session:
                 duration = float(reader.metadata.duration or 0)
             if self.memory.duration is not None and abs(duration - self.memory.duration) > _SAME_DURATION:
                 raise ValueError(
-                    f"the memory is of a video of {format_time(self.memory.duration)}, and {film.name} lasts "
-                    f"{format_time(duration)}; choose the video that it was made of."
+                    f"the memory is of a video of {clock(self.memory.duration)}, and {film.name} lasts "
+                    f"{clock(duration)}; choose the video that it was made of."
                 )
             thumbnails = film.thumbnails(self.memory, self.host.processor)
         self._close_film()
@@ -275,7 +279,7 @@ class Session:
 
     def _saved_memory(self) -> str:
         assert self.memory is not None
-        path = os.path.join(self._folder.name, f"{Path(self.name).stem}{MEMORY_SUFFIX}")
+        path = os.path.join(self._folder.name, f"{self.name}{MEMORY_SUFFIX}")
         self.memory.save(path)
         return path
 
