@@ -190,12 +190,12 @@ class Page:
     def _shown(self, session: Session) -> Changes:
         """What the page shows of a session."""
         memory, film, chat = session.memory, session.film, session.chat
-        if memory is None or chat is None:
+        if memory is None or chat is None or session.memory_address is None:
             return {}
         kept = chat.kept_frames
         return {
             self.sources: gr.Accordion(open=False),
-            self.screen: player(film and film.address, session.name),
+            self.screen: player(film.address if film is not None else None, session.name),
             self.its_video: gr.File(None, visible=film is None),
             self.timeline: timeline(memory.timestamps, deltas_of(memory), kept, session.thumbnails),
             self.budget: gr.Radio(visible=memory.frame_deltas is not None),

@@ -109,8 +109,8 @@ def thumbnail_frames(num_frames: int, importance: Sequence[float] | None) -> lis
     Returns:
         Their numbers, ascending, at most `MAX_THUMBNAILS`.
     """
-    parts = np.array_split(np.arange(num_frames), min(num_frames, MAX_THUMBNAILS))
-    return [int(part[0] if importance is None else max(part, key=lambda frame: importance[frame])) for part in parts]
+    parts = [part.tolist() for part in np.array_split(np.arange(num_frames), min(num_frames, MAX_THUMBNAILS))]
+    return [part[0] if importance is None else max(part, key=importance.__getitem__) for part in parts]
 
 
 def shrink(frame: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ def timeline(
         )
     read = "all of them are" if len(marks) == len(times) else f"{len(marks)} are"
     curve = "" if deltas is None else _curve(times, deltas, marks, peak)
-    heading = "" if deltas is None else "<b>Importance Δ</b> · "
+    heading = "" if deltas is None else "<b>Importance Δ</b>, highest one frame after what was seen · "
     return (
         f'<section class="mm-timeline" aria-label="Timeline"><p>{heading}{len(times)} frames, {read} '
         f'<span class="mm-legend">read</span> · click to go there</p>{curve}<ol class="mm-strip">{"".join(items)}</ol>'

@@ -5,7 +5,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +252,7 @@ class Session:
         if self.chat is not None:
             self.chat = self.chat.fork()
 
-    def stream(self, question: str) -> Iterator[str]:
+    def stream(self, question: str) -> Generator[str, None, None]:
         """The answer to a question, in pieces as the model writes it.
 
         Raises:
