@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD_INPUT = [
-    ([], "{ask,chat,encode,demo,"),
+    ([], "{ask,chat,encode,web,demo,watch,serve}"),
     (["answer"], "answer"),
     (["ask", "video.mp4"], "QUESTION"),
     (["ask", "video.mp4", " "], "QUESTION: is empty"),
@@ -75,6 +75,9 @@ BAD_INPUT = [
     (["ask", "video.mp4", "Why?", "--start", "20", "--end", "10"], "from 20.0 to 10.0"),
     (["ask", "video.mp4", "Why?", "--num-frames", "0"], "--num-frames: must be a whole number"),
     (["demo", "--output", "video.mp4"], "video.mp4"),
+    (["web", "--model", "no_images"], "'no_images' has no readable config.json"),
+    (["web", "--port", "65536"], "--port: must be a number from 0 to 65535, not '65536'"),
+    (["web", "--host", " "], "--host: is empty"),
 ]
 
 

@@ -4,6 +4,9 @@ import json
 import re
 import urllib.error
 import urllib.request
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from tiny_model import tiny_checkpoint
@@ -213,6 +216,34 @@ def test_paths(visit, tmp_path):
     visitor.page.wait_for_selector(".mm-strip")
     assert "numbers.mp4 (0:08), 16 frames" in visitor.status()
     assert video.exists()
+
+
+@pytest.fixture
+def other_server(tmp_path):
+    """The address of a server of the files in `tmp_path`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_addresses(visit, tmp_path, other_server):
+    visitor = visit()
+    visitor.open_tab("Path")
+    box = visitor.page.locator("#mm-path textarea, #mm-path input")
+    box.fill(f"{other_server}/missing.mp4")
+    box.press("Enter")
+    assert "404" in visitor.page.locator("#mm-status [role=alert]").inner_text()
+    write_video(tmp_path / "numbers.mp4", num_frames=16, fps=2)
+    box.fill(f"{other_server}/numbers.mp4?token=secret")
+    box.press("Enter")
+    visitor.page.wait_for_selector(".mm-strip")
+    assert "numbers.mp4 (0:08), 16 frames" in visitor.status()
+    visitor.page.locator(".mm-strip a").nth(4).click()
+    assert visitor.player_time() == pytest.approx(2, abs=0.01)
 
 
 def test_which_frames_are_looked_at(visit):

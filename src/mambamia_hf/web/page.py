@@ -145,7 +145,13 @@ class Page:
             self.chat.example_select(self._ask_example, [self.session, self.chat], **asked),
         ]
         ready = {"submit_btn": True, "stop_btn": False}
-        self.question.stop(lambda: gr.Textbox(**ready), outputs=self.question, cancels=answering, queue=False)
+        self.question.stop(
+            lambda: gr.Textbox(**ready),
+            outputs=self.question,
+            cancels=answering,
+            queue=False,
+            api_visibility="private",
+        )
         for forget in (self.again.click, self.chat.clear):
             forget(self._begin_again, self.session, [self.session, self.chat, self.chat_status], **_MODEL)
 
