@@ -155,7 +155,7 @@ def test_another_budget_begins_a_new_conversation(visit):
     visitor.open_example()
     visitor.ask(NEEDLE["question"])
     visitor.page.get_by_label("a quarter").check()
-    visitor.page.get_by_text("64 frames, 16 are").wait_for()
+    visitor.page.get_by_text("64 frames, 16 read").wait_for()
     assert visitor.page.locator(".mm-strip a.mm-kept").count() < visitor.page.locator(".mm-strip a").count()
     assert visitor.page.locator("#mm-chat .message").count() == 0
     assert visitor.ask(NEEDLE["question"])[0] == NEEDLE["answer"]

@@ -154,12 +154,12 @@ def timeline(
             f'<li><a href="#t={_fragment(time)}" class="{"mm-kept" if frame in marks else ""}" aria-label="{told}" '
             f'title="{told}">{picture}{bar}<time>{clock(time)}</time></a></li>'
         )
-    read = "all of them are" if len(marks) == len(times) else f"{len(marks)} are"
+    read = "all" if len(marks) == len(times) else f"{len(marks)}"
     curve = "" if deltas is None else _curve(times, deltas, marks, peak)
-    heading = "" if deltas is None else "<b>Importance Δ</b>, highest one frame after what was seen · "
+    heading = "" if deltas is None else "<b>Importance Δ</b>, one frame late · "
     return (
         f'<section class="mm-timeline" aria-label="Timeline"><p>{heading}{len(times)} frames, {read} '
-        f'<span class="mm-legend">read</span> · click to go there</p>{curve}<ol class="mm-strip">{"".join(items)}</ol>'
+        f'<span class="mm-legend">read</span> · click to jump</p>{curve}<ol class="mm-strip">{"".join(items)}</ol>'
         "</section>"
     )
 
