@@ -17,7 +17,7 @@ from mambamia_hf.cli.demo import VIDEO
 
 
 pytest.importorskip("gradio", reason="needs the extra 'web'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'web_test'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
 BROWSER = find_browser()
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium, as Debian's package 'chromium'"),
