@@ -5,8 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,11 @@ from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget, select_frames
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
-from .video_memory import VideoMemory, describe_images, describe_sampling, encoder_fingerprint, is_video_memory
+from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
 
+
+if TYPE_CHECKING:
+    from .video_sampling import SampledVideo
 
 # Where a checkpoint's own copy of the code has the classes; `save_pretrained` alone would name one of the models only.
 _AUTO_MAP = {
@@ -231,7 +233,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
     @torch.no_grad()
     def encode_video(
         self,
-        video: str | os.PathLike[str] | Mapping[str, Any],
+        video: "str | os.PathLike[str] | Mapping[str, Any] | SampledVideo",
         processor: Any = None,
         *,
         num_frames: int | None = None,
@@ -243,9 +245,13 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
     ) -> VideoMemory:
         """Looks at a video once, for any number of questions.
 
+        Frames of a file are decoded while those before go through the vision tower. Their pixels are never held all at
+        once; their patch features are, since the compressor reads them in both directions.
+
         Args:
             video: path or URL of a video file, a folder of its frames as images in the order of their names, or what
-                the processor returned for one video; of frames without times, with `return_metadata=True`.
+                the processor returned for one video whose times it knows. A [`SampledVideo`] is of a video that is
+                open already.
             processor ([`MambaMiaProcessor`], *optional*): needed for a path or URL.
             num_frames: how many frames to sample, at most all; by default as the video processor samples.
             fps: how many frames to sample per second. The frames of a folder count as so many per second.
@@ -260,31 +266,27 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         if self.training:
             raise ValueError("A model in training mode remembers with dropout; call `model.eval()` before.")
         if isinstance(video, Mapping):
-            return self._remember_inputs(video, processor, progress)
+            return self._remember_processed(video, processor, progress)
+        if not isinstance(video, str | os.PathLike):
+            return self._remember_sampled(video, progress)
         if processor is None:
             raise ValueError(f"Pass the processor, too, for the video '{os.fspath(video)}'.")
-        from .video_sampling import open_video, sample_part  # needs PyAV, as nothing else of a model does
+        from .video_sampling import SampledVideo, open_video  # need PyAV, as nothing else of a model does
 
-        video_processor = processor.video_processor
-        resize = partial(video_processor.resize, size=video_processor.size, resample=video_processor.resample)
-        with closing(open_video(video, video_processor, fps, seek_mode)) as reader:
-            indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
-            batch = reader.frames_at(indices, resize if video_processor.do_resize else None)
-        pixels = video_processor([batch.data], do_sample_frames=False, do_resize=False, return_tensors="pt")
-        sampling = describe_sampling(num_frames, fps, start, end, seek_mode)
-        about = reader.metadata
-        return self._remember(
-            pixels["pixel_values_videos"][0],
-            [round(time, 6) for time in batch.timestamps],  # no container knows them better
-            {"images": describe_images(video_processor), "sampling": sampling},
-            progress,
-            name=os.fspath(video),
-            width=about.width,
-            height=about.height,
-            duration=float(about.duration),
-        )
+        with closing(open_video(video, processor.video_processor, fps, seek_mode)) as reader:
+            sampling: Any = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "seek_mode": seek_mode}
+            sampled = SampledVideo(reader, processor.video_processor, name=os.fspath(video), **sampling)
+            return self._remember_sampled(sampled, progress)
 
-    def _remember_inputs(
+    def _remember_sampled(self, video: "SampledVideo", progress: Callable[[int, int], None] | None) -> VideoMemory:
+        with closing(video.batches(self.config.vision_batch_size)) as batches:
+            features = self._encode_batches(batches, len(video), progress)
+        is_decoded = torch.from_numpy(video.numbers >= 0)
+        if not is_decoded.all():
+            features = features[is_decoded.to(features.device)]
+        return self._memory(features, video.timestamps, video.fingerprint, **video.about)
+
+    def _remember_processed(
         self, inputs: Mapping[str, Any], processor: Any, progress: Callable[[int, int], None] | None
     ) -> VideoMemory:
         pixels, times = inputs.get("pixel_values_videos"), inputs.get("video_timestamps")
@@ -298,27 +300,36 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 "The times of the frames are missing; have the processor make them: pass a file, or `video_metadata` "
                 "with `fps` or `timestamps`."
             )
-        mask = real_frames(inputs.get("frame_mask"), pixels, None)[0]
+        mask = real_frames(inputs.get("frame_mask"), pixels, None)[0].cpu()
+        frames, size = pixels[0][mask.to(pixels.device)], self.config.vision_batch_size
+        batches = zip(torch.arange(len(frames)).split(size), frames.split(size), strict=True)
         parts = {} if processor is None else {"images": describe_images(processor.video_processor)}
-        times = torch.as_tensor(times[0], dtype=torch.float64)[mask.cpu()].tolist()
-        return self._remember(pixels[0][mask.to(pixels.device)], times, parts, progress)
+        times = torch.as_tensor(times[0], dtype=torch.float64)[mask].tolist()
+        return self._memory(self._encode_batches(batches, len(frames), progress), times, parts)
 
-    def _remember(
+    def _encode_batches(
         self,
-        frames: Tensor,
-        timestamps: list[float],
-        parts: dict[str, str],
+        batches: Iterable[tuple[Any, Tensor]],
+        num_frames: int,
         progress: Callable[[int, int], None] | None,
-        **about: Any,
-    ) -> VideoMemory:
-        """The memory of frames `(num_frames, channels, height, width)`; `parts` of its fingerprint that the model does
-        not tell."""
-        features = []
-        for start in range(0, len(frames), self.config.vision_batch_size):
-            features.append(self.encode_frames(frames[start : start + self.config.vision_batch_size]))
+    ) -> Tensor:
+        """The patch features `(num_frames, num_patches, vision_size)` of frames that come with their places."""
+        features: Tensor | None = None
+        for places, frames in batches:
+            encoded = self.encode_frames(frames).last_hidden_state
+            if features is None:
+                features = encoded.new_zeros(num_frames, *encoded.shape[1:])
+            features[torch.as_tensor(places, device=features.device)] = encoded
             if progress is not None:
-                progress(min(start + self.config.vision_batch_size, len(frames)), len(frames))
-        anchors, deltas = self.compress(torch.cat([part.last_hidden_state for part in features])[None])
+                progress(int(places[-1]) + 1, num_frames)
+        assert features is not None  # a video without frames is an error before
+        return features
+
+    def _memory(
+        self, features: Tensor, timestamps: list[float], parts: Mapping[str, str], **about: Any
+    ) -> VideoMemory:
+        """The memory of frames with these patch features; `parts` of its fingerprint that the model does not tell."""
+        anchors, deltas = self.compress(features[None])
         deltas = None if deltas is None else deltas[0].float()
         return VideoMemory(anchors[0], deltas, timestamps, {**encoder_fingerprint(self), **parts}, **about)
 

@@ -289,12 +289,14 @@ def _repeats_a_frame(packet: av.Packet) -> bool:
     return packet.size == 0 and packet.pts is not None
 
 
-def run_in_threads(work: Callable[[threading.Event], None], num_threads: int) -> None:
+def run_in_threads(
+    work: Callable[[threading.Event], None], num_threads: int, stop: threading.Event | None = None
+) -> None:
     """Runs `work` in threads, which all end before an error of one of them or Ctrl-C is passed on.
 
-    `work` takes an event that tells it to stop.
+    `work` takes an event that tells it to stop; `stop`, where one is given.
     """
-    stop, idle = threading.Event(), threading.Condition()
+    stop, idle = stop or threading.Event(), threading.Condition()
     num_running = 0
 
     def run() -> None:

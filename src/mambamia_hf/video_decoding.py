@@ -9,10 +9,11 @@ file. Each converts and resizes a wanted frame as soon as it is decoded, so that
 import threading
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -35,6 +36,9 @@ _DEFAULT_LIMITS = VideoLimits()
 
 # So many frames of another decoder are held at full size.
 _DECODED_AT_ONCE = 16
+
+# So many frames, and two batches, are decoded before the one that is waited for.
+_FRAMES_AHEAD = 64
 
 # More decoders would hold more pictures than is worth the time that they save.
 _MAX_THREADS = 8
@@ -139,29 +143,73 @@ class VideoReader:
         Warns:
             UserWarning: if some of the frames cannot be decoded or are damaged, or key frames are repeated.
         """
-        indices = self._checked(np.asarray(indices, dtype=int))
-        if self.seek_mode == "keyframe":
-            indices = self._nearest_key_frames(indices)
+        indices = self._wanted(indices)
         bar = tqdm(total=len(indices), desc=f"Decoding {self._name}", unit="frame") if progress else None
         with bar or nullcontext():
-            images = self._decode(indices, transform, bar)
-        if images.data is None:
+            images = self._decode(indices, partial(_Images, transform=transform, bar=bar))
+        self._conclude(images)
+        assert images.data is not None  # otherwise there is an error
+        readable = images.found >= 0
+        found = images.found[readable]
+        data = images.data if readable.all() else images.data[readable]
+        return FrameBatch(torch.from_numpy(data), found.tolist(), self.metadata.frame_timestamps[found].tolist())
+
+    def batches_at(
+        self, indices: Sequence[int] | np.ndarray, batch_size: int, transform: Transform | None = None
+    ) -> Generator[tuple[np.ndarray, FrameBatch], None, None]:
+        """
+        Decodes frames by number, as `frames_at`, batch by batch: the next batches are decoded in threads while one is
+        in use, at most a few ahead. Close the generator where it is not used up, and its threads end.
+
+        Args:
+            indices (`Sequence[int]`): The numbers of the wanted frames, ascending.
+            batch_size (`int`): How many of them to give at a time.
+            transform (`Callable`, *optional*): See `frames_at`.
+
+        Yields:
+            The places of frames among `indices`, and the frames. Places that come again replace what was given for
+            them, as it was wrong; those that never come cannot be decoded.
+
+        Raises:
+            ValueError: where `frames_at` raises one.
+
+        Warns:
+            UserWarning: where `frames_at` warns.
+        """
+        indices = self._wanted(indices)
+        handover = _Handover(batch_size)
+        decode = partial(self._decode, indices, partial(_ImagesAhead, transform=transform, handover=handover))
+        thread = threading.Thread(target=handover.run, args=(decode,), name="decoding ahead")
+        thread.start()
+        try:
+            for places, data, found in handover.batches():
+                timestamps = self.metadata.frame_timestamps[found].tolist()
+                yield places, FrameBatch(torch.from_numpy(data), found.tolist(), timestamps)
+            self._conclude(handover.result())
+        finally:
+            handover.close()
+            thread.join()
+
+    def _wanted(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The frames to decode for those that are asked for."""
+        indices = self._checked(np.asarray(indices, dtype=int))
+        return self._nearest_key_frames(indices) if self.seek_mode == "keyframe" else indices
+
+    def _conclude(self, images: "_Images") -> None:
+        """Takes note of the size of frames, and tells of those that are missing or wrong."""
+        num_wanted, num_readable = len(images.found), int((images.found >= 0).sum())
+        if not num_readable:
             raise ValueError(
-                f"None of the {len(indices)} sampled frames of {self._name} can be decoded: the file is damaged."
+                f"None of the {num_wanted} sampled frames of {self._name} can be decoded: the file is damaged."
             )
         self.metadata.height, self.metadata.width = images.size
         self._warn_of_damage(images.damaged)
-        data, found = images.data, images.found
-        readable = found >= 0
-        if not readable.all():
+        if num_readable < num_wanted:
             warnings.warn(
-                f"{self._name} is damaged: only {readable.sum()} of the {len(indices)} sampled frames can be decoded "
-                "and are used.",
-                stacklevel=2,
+                f"{self._name} is damaged: only {num_readable} of the {num_wanted} sampled frames can be decoded and "
+                "are used.",
+                stacklevel=3,
             )
-            data, found = data[readable], found[readable]
-        timestamps = self.metadata.frame_timestamps[found].tolist()
-        return FrameBatch(torch.from_numpy(data), found.tolist(), timestamps)
 
     def frames_shown_at(
         self, seconds: float | Sequence[float], transform: Transform | None = None, progress: bool = False
@@ -188,7 +236,7 @@ class VideoReader:
             warnings.warn(
                 f"{self._name} is damaged: of the sampled frames, {', '.join(places[:_MAX_NAMED])}{more} may show "
                 "wrong pictures.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
@@ -213,21 +261,20 @@ class VideoReader:
             warnings.warn(
                 f"{self._name} has too few key frames: {num_keys} of them stand for the {num_wanted} sampled frames, "
                 "some repeatedly; pass `seek_mode='exact'` for the frames themselves.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return nearest
 
-    def _decode(self, indices: np.ndarray, transform: Transform | None, bar: tqdm | None) -> "_Images":
+    def _decode(self, indices: np.ndarray, make_images: "Callable[[np.ndarray], _Images]") -> "_Images":
         if self._index.packets is not None:
-            images = _Images(indices, transform, bar)
+            images = make_images(indices)
             try:
                 self._decode_by_seeking(images, self._index.packets)
                 return images
             except _SeekError:
+                images.discard()
                 indices = self._count_again(indices)
-                if bar is not None:
-                    bar.reset()
-        images = _Images(indices, transform, bar)
+        images = make_images(indices)
         self._decode_in_order(images)
         return images
 
@@ -250,22 +297,24 @@ class VideoReader:
         todo = deque([*groups.items(), *[None] * num_decoders])
 
         def decode_groups(stop: threading.Event) -> None:
-            with self._open(_num_threads() // num_decoders, stop) as decoder:
+            with images.one_more_thread(), self._open(_num_threads() // num_decoders, stop) as decoder:
                 for start, wanted in iter(todo.popleft, None):
+                    if stop.is_set():
+                        return
                     _decode_group(decoder, packets, start, wanted, images)
 
-        run_in_threads(decode_groups, num_decoders)
+        run_in_threads(decode_groups, num_decoders, images.stop)
 
     def _decode_in_order(self, images: "_Images") -> None:
         """Decodes the file from its start, which gives the frames of any container."""
 
         def decode_all(stop: threading.Event) -> None:
-            with self._open(_num_threads(), stop) as decoder:
+            with images.one_more_thread(), self._open(_num_threads(), stop) as decoder:
                 frames = decoder.numbered(islice(decoder.all_frames(), self._index.num_skipped, None))
                 for picked in _pick(frames, images.wanted):
                     images.put(*picked, decoder)
 
-        run_in_threads(decode_all, 1)
+        run_in_threads(decode_all, 1, images.stop)
 
     def _open(self, threads: int, stop: threading.Event) -> Decoder:
         return Decoder(self._path, self._name, self._limits, threads, stop)
@@ -388,15 +437,16 @@ class _Images:
         size (`tuple[int, int]`): Height and width of the upright frames in the file.
     """
 
-    def __init__(self, indices: np.ndarray, transform: Transform | None, bar: tqdm | None) -> None:
+    def __init__(self, indices: np.ndarray, transform: Transform | None = None, bar: tqdm | None = None) -> None:
         self.wanted: list[int] = np.unique(indices).tolist()
         self.data: np.ndarray | None = None
         self.found = np.full(len(indices), -1)
         self.damaged: set[int] = set()
         self.size = (0, 0)
+        self.stop = threading.Event()
         self._indices, self._order = indices, np.argsort(indices)
         self._transform, self._bar = transform, bar
-        self._lock = threading.Lock()
+        self._lock: AbstractContextManager[Any] = threading.Lock()
 
     def put(self, index: int, number: int, frame: av.VideoFrame, decoder: Decoder) -> None:
         """Converts `frame`, which has this `number`, and puts it wherever the frame numbered `index` is wanted."""
@@ -405,14 +455,163 @@ class _Images:
         pixels = (picture if self._transform is None else self._transform(picture)).numpy()
         places = self._order[slice(*np.searchsorted(self._indices, [index, index + 1], sorter=self._order))]
         with self._lock:
-            if self.data is None:
-                self.data = np.empty((len(self._indices), *pixels.shape), dtype=pixels.dtype)
-                self.size = picture.shape[1], picture.shape[2]
-            self.data[places], self.found[places] = pixels, number
+            self.size = self.size if any(self.size) else (picture.shape[1], picture.shape[2])
+            self._store(places, pixels)
+            self.found[places] = number
             if number in decoder.damaged:
                 self.damaged.add(number)
             if self._bar is not None:
                 self._bar.update(len(places))
+
+    def _store(self, places: np.ndarray, pixels: np.ndarray) -> None:
+        if self.data is None:
+            self.data = np.empty((len(self._indices), *pixels.shape), dtype=pixels.dtype)
+        self.data[places] = pixels
+
+    def discard(self) -> None:
+        """The frames turned out to be wrong."""
+        if self._bar is not None:
+            self._bar.reset()
+
+    def one_more_thread(self) -> AbstractContextManager[None]:
+        """For as long as a thread may put frames here."""
+        return nullcontext()
+
+
+class _ClosedError(Exception):
+    """Nobody takes the frames any more."""
+
+
+class _ImagesAhead(_Images):
+    """Frames that are handed over batch by batch, in the order in which they were asked for.
+
+    A thread with a frame far ahead of what is taken waits, unless it is frames of waiting threads that are missing.
+    """
+
+    def __init__(self, indices: np.ndarray, transform: Transform | None, handover: "_Handover") -> None:
+        super().__init__(indices, transform)
+        self._handover, self._lock = handover, handover.changed
+        self._frames: dict[int, np.ndarray] = {}
+        self._num_taken = self._num_threads = self._num_waiting = 0
+        handover.begin(self)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _store(self, places: np.ndarray, pixels: np.ndarray) -> None:
+        handover, first = self._handover, int(places.min())
+        self._num_waiting += 1
+        handover.changed.notify_all()
+        handover.changed.wait_for(lambda: not self._is_far_ahead(first) or handover.is_closed)
+        self._num_waiting -= 1
+        if handover.is_closed:
+            raise _ClosedError
+        self._frames.update((int(place), pixels) for place in places)
+        handover.changed.notify_all()
+
+    def _is_far_ahead(self, place: int) -> bool:
+        is_stuck = self._handover.is_asked and self._num_waiting == self._num_threads
+        return place >= self._num_taken + self._handover.window and not is_stuck
+
+    @contextmanager
+    def one_more_thread(self) -> Iterator[None]:
+        with self._lock:
+            self._num_threads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_threads -= 1
+                self._handover.changed.notify_all()
+
+    def has_batch(self, start: int) -> bool:
+        places = range(start, min(start + self._handover.batch_size, len(self)))
+        return len(places) > 0 and all(place in self._frames for place in places)
+
+    def take_batch(self, start: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Removes the frames of a batch, as far as they are there, and gives their places and pixels."""
+        self._num_taken = start + self._handover.batch_size
+        places = [place for place in range(start, self._num_taken) if place in self._frames]
+        return np.array(places, dtype=int), [self._frames.pop(place) for place in places]
+
+
+class _Handover:
+    """Where threads that decode give frames to the one that uses them.
+
+    Attributes:
+        changed (`threading.Condition`): The lock of everything here and of the frames.
+        is_asked (`bool`): Whether a batch is waited for.
+        is_closed (`bool`): Whether nobody takes frames any more.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size, self.window = batch_size, 2 * batch_size + _FRAMES_AHEAD
+        self.changed = threading.Condition()
+        self.is_asked = self.is_closed = self._is_done = False
+        self._images: _ImagesAhead | None = None
+        self._error: BaseException | None = None
+
+    def run(self, decode: Callable[[], _Images]) -> None:
+        """Decodes until all frames are handed over, or nobody takes them; in a thread of its own."""
+        try:
+            decode()
+        except _ClosedError:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self.changed:
+                self._is_done = True
+                self.changed.notify_all()
+
+    def begin(self, images: _ImagesAhead) -> None:
+        """These are the frames from now on."""
+        with self.changed:
+            if self.is_closed:
+                raise _ClosedError
+            self._images = images
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The places, pixels and numbers of frames."""
+        images, start = None, 0
+        while images is None or start < len(images) or not self._is_done:
+            with self.changed:
+                self.is_asked = True
+                self.changed.notify_all()
+                self.changed.wait_for(partial(self._is_ready, images, start))
+                self.is_asked = False
+                if self._error is not None or self._images is None:
+                    return
+                if images is not self._images:
+                    images, start = self._images, 0
+                    continue
+                places, frames = images.take_batch(start)
+                start += self.batch_size
+                self.changed.notify_all()
+            if frames:
+                yield places, np.stack(frames), images.found[places]
+
+    def _is_ready(self, images: _ImagesAhead | None, start: int) -> bool:
+        return self._is_done or self._images is not images or (images is not None and images.has_batch(start))
+
+    def result(self) -> _Images:
+        """All frames, of which only the pixels are gone; or the error that ended them."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # whose traceback refers to this frame
+        assert self._images is not None
+        return self._images
+
+    def close(self) -> None:
+        """Nobody takes frames any more."""
+        with self.changed:
+            self.is_closed = True
+            if self._images is not None:
+                self._images.stop.set()
+            self.changed.notify_all()
 
 
 def _decode_group(decoder: Decoder, packets: PacketIndex, start: int, wanted: list[int], images: _Images) -> None:

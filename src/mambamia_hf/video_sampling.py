@@ -1,7 +1,12 @@
 """Frames of a video file or of a folder of images, sampled between two times as a video processor samples."""
 
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +15,7 @@ from transformers.image_utils import load_image
 from .inputs import check_part, check_video, frame_files
 from .video_decoding import FrameBatch, VideoReader
 from .video_index import TimedVideoMetadata
+from .video_memory import describe_images, describe_sampling
 from .video_processing_mambamia import MambaMiaVideoProcessor
 
 
@@ -32,6 +38,7 @@ class FrameFolder:
             duration=len(self.files) / fps,
             frame_timestamps=np.arange(len(self.files)) / fps,
         )
+        self._first: tuple[str, int, int] | None = None
 
     def close(self) -> None:
         """Nothing is open between two calls."""
@@ -47,23 +54,131 @@ class FrameFolder:
         Raises:
             ValueError: if an image cannot be read, or their sizes differ.
         """
-        frames, sizes = [], dict[tuple[int, int], str]()
+        frames = []
         for index in indices:
             try:
                 image = load_image(str(self.files[index]))
             except OSError as error:
                 raise ValueError(f"the frame '{self.files[index]}' cannot be read as an image ({error}).") from error
-            sizes.setdefault(image.size, self.files[index].name)
+            self._check_size(self.files[index].name, *image.size)
             frame = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             frames.append(frame if transform is None else transform(frame))
-        if len(sizes) > 1:
-            named = ", ".join(f"{name} of {width} x {height}" for (width, height), name in list(sizes.items())[:2])
-            raise ValueError(
-                f"the images in '{self.folder}' differ in size ({named}) and so are no frames of one video."
-            )
-        self.metadata.width, self.metadata.height = next(iter(sizes))
         numbers = [int(index) for index in indices]
         return FrameBatch(torch.stack(frames), numbers, self.metadata.frame_timestamps[numbers].tolist())
+
+    def batches_at(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        batch_size: int,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Generator[tuple[np.ndarray, FrameBatch], None, None]:
+        """As [`VideoReader.batches_at`]; the next batch is read while one is in use."""
+        places = np.split(np.arange(len(indices)), range(batch_size, len(indices), batch_size))
+        batches = [np.asarray(indices)[part] for part in places]
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.frames_at, batches[0], transform)
+            for part, following in zip(places, [*batches[1:], None], strict=True):
+                batch = coming.result()
+                if following is not None:
+                    coming = pool.submit(self.frames_at, following, transform)
+                yield part, batch
+
+    def _check_size(self, name: str, width: int, height: int) -> None:
+        if self._first is None:
+            self._first = name, width, height
+            self.metadata.width, self.metadata.height = width, height
+        first, *size = self._first
+        if size != [width, height]:
+            raise ValueError(
+                f"the images in '{self.folder}' differ in size ({first} of {size[0]} x {size[1]}, {name} of {width} x "
+                f"{height}) and so are no frames of one video."
+            )
+
+
+class SampledVideo:
+    """The sampled frames of a video, as the vision tower takes them, batch by batch.
+
+    Args:
+        reader: of the video.
+        video_processor: samples, resizes and normalises.
+        num_frames: how many frames to sample, at most all; by default as the video processor samples.
+        fps: how many frames to sample per second.
+        start, end: sample between these seconds only.
+        seek_mode: that the reader was opened with, as far as one was asked for.
+        name: of the video.
+
+    Attributes:
+        numbers (`np.ndarray` of shape `(num_frames,)`): of the frames in the file, -1 for one that is not decoded.
+        seconds_waited (`float`): how long whoever took the batches has waited for them.
+
+    Raises:
+        ValueError: if nothing is between the times, or for a number that cannot be sampled.
+    """
+
+    def __init__(
+        self,
+        reader: VideoReader | FrameFolder,
+        video_processor: MambaMiaVideoProcessor,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float = 0.0,
+        end: float | None = None,
+        seek_mode: str | None = None,
+        name: str = "",
+    ):
+        self.reader, self.video_processor, self.name = reader, video_processor, name
+        self._sampling = describe_sampling(num_frames, fps, start, end, seek_mode)
+        self.indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
+        self.numbers = np.full(len(self.indices), -1)
+        self.seconds_waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def timestamps(self) -> list[float]:
+        """The times of the frames that were decoded, in seconds; no container knows them better than rounded here."""
+        times = self.reader.metadata.frame_timestamps[self.numbers[self.numbers >= 0]]
+        return [round(seconds, 6) for seconds in times.tolist()]
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Its parts of the fingerprint of a memory."""
+        return {"images": describe_images(self.video_processor), "sampling": self._sampling}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a memory tells of the video."""
+        metadata = self.reader.metadata
+        size = {"width": metadata.width, "height": metadata.height}
+        return {"name": self.name, **size, "duration": float(metadata.duration)}
+
+    def batches(self, batch_size: int) -> Generator[tuple[np.ndarray, torch.Tensor], None, None]:
+        """Decodes the next batches while one is in use.
+
+        Args:
+            batch_size: of frames.
+
+        Yields:
+            The places of frames among the sampled ones, and their pixels `(batch_size, channels, height, width)`. A
+            place that comes again replaces what came before.
+        """
+        processor: Any = self.video_processor
+        resize = partial(processor.resize, size=processor.size, resample=processor.resample)
+        start, num_places = time.perf_counter(), 0
+        with closing(
+            self.reader.batches_at(self.indices, batch_size, resize if processor.do_resize else None)
+        ) as read:
+            for places, batch in read:
+                if places[0] < num_places:  # once more from the start
+                    self.numbers[:] = -1
+                num_places = places[-1] + 1
+                self.numbers[places] = batch.indices
+                inputs = processor([batch.data], do_sample_frames=False, do_resize=False, return_tensors="pt")
+                self.seconds_waited += time.perf_counter() - start
+                yield places, inputs["pixel_values_videos"][0]
+                start = time.perf_counter()
+        self.seconds_waited += time.perf_counter() - start
 
 
 def open_video(
@@ -127,4 +242,4 @@ def sample_part(
     return first + video_processor.sample_frames(part, num_frames=num_frames, fps=fps)
 
 
-__all__ = ["FrameFolder", "open_video", "sample_part"]
+__all__ = ["FrameFolder", "SampledVideo", "open_video", "sample_part"]
