@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from needle.plan import TASKS
 
 from mambamia_hf.files import atomic_write
+
+from .run import TASKS
 
 
 MAMBAMIA = "MambaMia"

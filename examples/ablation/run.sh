@@ -13,7 +13,8 @@ export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 # Test videos as long as the longest of training, and four times longer, with their features.
 for FRAMES in 32 128; do
     TEST="$OUT/test-$FRAMES"
-    python -m needle.training_data test_videos --output "$TEST" --count 300 --num_frames "$FRAMES"
+    python -m needle.training_data test_videos --output "$TEST" --count 300 --num_frames "$FRAMES" \
+        --tasks retrieval ordering counting
     python -m mambamia_hf.training.features --model "$NEEDLE/vision" --data "$TEST/records/train.jsonl" \
         --media_folder "$TEST" --output "$TEST/features" --num_frames 128
 done

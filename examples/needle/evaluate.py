@@ -3,17 +3,21 @@
     PYTHONPATH=examples python -m needle.evaluate --output examples/results/needle_hour.json
 
 Every video is a new H.264 file of the test split, read through the processor and answered by `generate`. An answer
-counts if it is the right option, word for word.
+counts if it is right word for word. A time counts if it is off by at most one interval between sampled frames, or by a
+second where they are closer.
 """
 
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +26,7 @@ from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, Ma
 from mambamia_hf.files import atomic_write
 
 from .plan import TASKS
-from .questions import multiple_choice
+from .questions import Question, task_question
 from .video import write_needle_video
 
 
@@ -33,9 +37,39 @@ def load(checkpoint: str) -> tuple[MambaMiaForConditionalGeneration, MambaMiaPro
     return model, MambaMiaProcessor.from_pretrained(checkpoint)
 
 
+def matches(question: Question, given: str, interval: float) -> bool:
+    """Whether the answer `given` is right, where sampled frames are `interval` seconds apart."""
+    expected = _seconds(question.answer)
+    if expected is None:
+        return given == question.answer
+    time = _seconds(given)
+    return time is not None and abs(time - expected) <= max(interval, 1.0)
+
+
+def _seconds(text: str) -> int | None:
+    """A time `mm:ss` in seconds; None for any other text."""
+    match = re.fullmatch(r"(\d\d):([0-5]\d)", text)
+    return None if match is None else 60 * int(match[1]) + int(match[2])
+
+
+@dataclass
+class Sample:
+    """A question about a video as the model takes it.
+
+    Args:
+        question: the question.
+        inputs: what the processor returns, with the features of the vision tower in place of pixels.
+        interval: seconds between sampled frames.
+    """
+
+    question: Question
+    inputs: dict[str, Any]
+    interval: float
+
+
 @torch.no_grad()
-def is_right(arguments: argparse.Namespace, task: str, seed: int) -> dict[float, bool]:
-    """Whether the answer about one video is right, for every share of its frames that is kept."""
+def read_sample(arguments: argparse.Namespace, task: str, seed: int) -> Sample:
+    """Writes the video of a seed, reads it and runs the vision tower, once for all shares of its frames."""
     model, processor = load(arguments.model)
     processor.video_processor.num_frames = arguments.num_frames
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +84,7 @@ def is_right(arguments: argparse.Namespace, task: str, seed: int) -> dict[float,
             num_frames=arguments.num_frames,
             background=arguments.background and arguments.background[seed % len(arguments.background)],
         )
-        question = multiple_choice(video, seed)
+        question = task_question(video, seed)
         content = [{"type": "video", "path": str(video.path)}, {"type": "text", "text": question.prompt}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -59,14 +93,27 @@ def is_right(arguments: argparse.Namespace, task: str, seed: int) -> dict[float,
             return_dict=True,
             return_tensors="pt",
         )
-    # The tower runs once for all shares.
-    features = model.model.encode_frames(inputs.pop("pixel_values_videos")[0]).last_hidden_state
+    frames = inputs.pop("pixel_values_videos")[0]
+    features = model.model.encode_frames(frames).last_hidden_state
+    return Sample(question, {**inputs, "patch_features_videos": features[None]}, arguments.duration / len(frames))
+
+
+@torch.no_grad()
+def is_right(arguments: argparse.Namespace, sample: Sample) -> dict[float, bool]:
+    """Whether the answer is right, for every share of the frames that is kept."""
+    model, processor = load(arguments.model)
+    length = sample.inputs["input_ids"].shape[1]
     right = {}
     for ratio in arguments.keep_ratios:
-        output = model.generate(**inputs, patch_features_videos=features[None], keep_ratio=ratio, do_sample=False)
-        given = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-        right[ratio] = given == question.answer
+        output = model.generate(**sample.inputs, keep_ratio=ratio, do_sample=False)
+        given = processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
+        right[ratio] = matches(sample.question, given, sample.interval)
     return right
+
+
+def evaluate(arguments: argparse.Namespace, task: str, seed: int) -> dict[float, bool]:
+    """`is_right` of the sample of a seed."""
+    return is_right(arguments, read_sample(arguments, task, seed))
 
 
 def main() -> None:
@@ -90,13 +137,14 @@ def main() -> None:
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.num_videos)
     right = {ratio: defaultdict(int) for ratio in arguments.keep_ratios}
     with ProcessPoolExecutor(arguments.workers) as pool:
-        jobs = [(task, pool.submit(is_right, arguments, task, seed)) for seed in seeds for task in arguments.tasks]
+        jobs = [(task, pool.submit(evaluate, arguments, task, seed)) for seed in seeds for task in arguments.tasks]
         for task, job in tqdm(jobs):
             for ratio, answer_is_right in job.result().items():
                 right[ratio][task] += answer_is_right
     results = {
         "num_videos": arguments.num_videos,
         "seconds": arguments.duration,
+        "fps": arguments.fps,
         "num_frames": arguments.num_frames,
         "background": [path.name for path in arguments.background or []] or "procedural",
         "accuracy": {

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mambamia_hf.files import atomic_write
 
 from .plan import SPLITS, TASKS
-from .questions import multiple_choice
+from .questions import task_question
 from .video import write_needle_video
 
 
@@ -33,7 +33,7 @@ def write_sample(folder: Path, task: str, seed: int, settings: dict[str, Any]) -
     torch.set_num_threads(1)
     name = f"{task}_{settings['split']}_{seed}"
     video = write_needle_video(folder / f"{name}.mp4", seed, task=task, **settings)
-    question = multiple_choice(video, seed)
+    question = task_question(video, seed)
     return {
         "id": name,
         "video": f"{name}.mp4",

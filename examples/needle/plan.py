@@ -16,7 +16,7 @@ import numpy as np
 from .glyphs import COLOURS, DIGITS, OUTLINE, SHAPES
 
 
-TASKS = ("retrieval", "ordering", "counting")
+TASKS = ("retrieval", "ordering", "counting", "when", "nothing")
 SPLITS = ("train", "test")
 NUM_ORDERED = 3
 MAX_COUNT = 4
@@ -240,11 +240,12 @@ class _PictureGrid:
 
 
 def _random_values(rng: np.random.Generator, task: str) -> list[str]:
-    if task == "retrieval":
-        return [random_value(rng)]
+    if task == "nothing":
+        return []
     if task == "ordering":
         return [str(value) for value in rng.choice(SHAPES + DIGITS, NUM_ORDERED, replace=False)]
-    return [random_value(rng)] * int(rng.integers(1, MAX_COUNT + 1))
+    value = random_value(rng)
+    return [value] * int(rng.integers(1, MAX_COUNT + 1)) if task == "counting" else [value]
 
 
 def _random_times(
@@ -255,6 +256,8 @@ def _random_times(
     Raises:
         ValueError: if the video has no room for the needles of the task.
     """
+    if num_needles == 0:
+        return [], []
     gap, num_pictures = grid.gap, grid.num_pictures
     most = MAX_COUNT if task == "counting" else num_needles  # room for four, so that every count is as likely
     shortest = gap if needle_seconds is None else min(math.ceil(round(needle_seconds / grid.period, 6)), num_pictures)

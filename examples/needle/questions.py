@@ -1,15 +1,20 @@
 """Questions about needle videos and stills, with their answers: open ones, and multiple choice with four options."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from random import Random
 
 import numpy as np
+
+from mambamia_hf.frame_times import format_time
 
 from .glyphs import DIGITS, SHAPES
 from .plan import MAX_COUNT, Needle, NeedleVideo, Stream, random_generator
 
 
 NUM_OPTIONS = 4
+NOTHING = "nothing"  # the answer where there is no needle
 
 # `{medium}` is "video" or "image"; the first of each list is the plainest. Both spellings of colour are asked.
 OPEN_QUESTIONS = {
@@ -34,6 +39,21 @@ OPEN_QUESTIONS = {
         "Which color does the {kind} in the {medium} have?",
         "Name the colour of the {kind} in the {medium}.",
         "Name the color of the {kind} in the {medium}.",
+    ],
+    "symbol": [
+        "What appears in the {medium}?",
+        "Which symbol appears in the {medium}?",
+        "Which symbol is shown in the {medium}?",
+        "What can be seen in the {medium}?",
+        "What shows up in the {medium}?",
+    ],
+    "when": [
+        "When does the {value} appear?",
+        "When does the {value} appear in the {medium}?",
+        "When is the {value} shown in the {medium}?",
+        "When does the {value} show up in the {medium}?",
+        "At what time does the {value} appear in the {medium}?",
+        "At what time can the {value} be seen in the {medium}?",
     ],
 }
 
@@ -65,7 +85,7 @@ CHOICE_QUESTIONS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the options to choose from and the right one, in words."""
+    """A question, the options to choose from (none in an open question) and the answer, in words."""
 
     text: str
     options: tuple[str, ...]
@@ -74,40 +94,62 @@ class Question:
     @property
     def prompt(self) -> str:
         """The question with its options, as a model is asked."""
-        return f"{self.text} Options: {'; '.join(self.options)}."
+        return f"{self.text} Options: {'; '.join(self.options)}." if self.options else self.text
 
 
 def questions(video: NeedleVideo) -> list[tuple[str, str]]:
-    """Every open question about a video of one needle, in all its wordings, with its answer (one lowercase word).
+    """The open questions about a video of one needle or of none, in all wordings, with their answers (one lowercase
+    word each).
 
     Raises:
-        ValueError: if the video has no needle or several.
+        ValueError: if the video has several needles.
     """
-    if len(video.needles) != 1:
+    if len(video.needles) > 1:
         raise ValueError(
-            f"questions are about a video of one needle, this one has {len(video.needles)}; give one needle."
+            f"questions are about a video of one needle or none, this one has {len(video.needles)}; give one or none."
         )
-    return needle_questions(video.needles[0], "video")
+    return needle_questions(video.needles[0] if video.needles else None, "video")
 
 
-def needle_questions(needle: Needle, medium: str) -> list[tuple[str, str]]:
-    """The open questions about `needle` in a "video" or an "image": what it is, then what colour it has."""
-    asked = [(wording, needle.value) for wording in OPEN_QUESTIONS[needle.kind]]
+def needle_questions(needle: Needle | None, medium: str) -> list[tuple[str, str]]:
+    """The open questions about a "video" or an "image": what `needle` is, then what colour it has.
+
+    Where there is no needle, the answer to what it is, asked for shapes, digits and symbols alike, is "nothing".
+    """
+    if needle is None:
+        wordings = [wording for kind in ("symbol", "shape", "digit") for wording in OPEN_QUESTIONS[kind]]
+        return [(wording.format(medium=medium), NOTHING) for wording in wordings]
+    asked = [(wording, needle.value) for wording in OPEN_QUESTIONS[needle.kind] + OPEN_QUESTIONS["symbol"]]
     asked += [(wording, needle.colour) for wording in OPEN_QUESTIONS["colour"]]
     return [(wording.format(medium=medium, kind=needle.kind), answer) for wording, answer in asked]
 
 
-def multiple_choice(video: NeedleVideo, seed: int) -> Question:
-    """The question of the video's task; `seed` decides on wording and options."""
+def task_question(video: NeedleVideo, seed: int) -> Question:
+    """The question of the video's task; `seed` decides on wording and options.
+
+    "When" is an open question, and so is, half of the time, what appears in a video without a needle.
+    """
     rng = random_generator(seed, video.split, Stream.CHOICE, video.seed)
     values = [needle.value for needle in video.needles]
-    if video.task == "retrieval":
-        return _retrieval_question(values[0], "video", rng)
+    if video.task == "when":
+        return when_question(video.needles[0], rng)
+    if video.task == "nothing" and rng.random() < 0.5:
+        asked = needle_questions(None, "video")
+        text, answer = asked[rng.integers(len(asked))]
+        return Question(text, (), answer)
+    if video.task in ("retrieval", "nothing"):
+        return _retrieval_question(values[0] if values else NOTHING, "video", rng)
     text = str(rng.choice(CHOICE_QUESTIONS[video.task])).format(medium="video", value=values[0])
     if video.task == "counting":
         return Question(text, tuple(str(count) for count in range(1, MAX_COUNT + 1)), str(len(values)))
     wrong = [" ".join(order) for order in permutations(values) if list(order) != values]
     return _with_options(text, " ".join(values), wrong, rng)
+
+
+def when_question(needle: Needle, rng: np.random.Generator | Random) -> Question:
+    """When `needle` appears in a video, in random words; the answer is the time at which it starts, as `mm:ss`."""
+    text = str(rng.choice(OPEN_QUESTIONS["when"])).format(medium="video", value=needle.value)
+    return Question(text, (), format_time(needle.start, "mm:ss"))
 
 
 def needle_multiple_choice(needle: Needle, medium: str, seed: int) -> Question:
@@ -116,11 +158,18 @@ def needle_multiple_choice(needle: Needle, medium: str, seed: int) -> Question:
 
 
 def _retrieval_question(value: str, medium: str, rng: np.random.Generator) -> Question:
+    """Half of the time "nothing" is a wrong option, so that it does not give itself away where it is right."""
     text = str(rng.choice(CHOICE_QUESTIONS["retrieval"])).format(medium=medium)
-    return _with_options(text, value, [other for other in SHAPES + DIGITS if other != value], rng)
+    wrong = [other for other in SHAPES + DIGITS if other != value]
+    if value != NOTHING and rng.random() < 0.5:
+        return _with_options(text, value, wrong, rng, [NOTHING])
+    return _with_options(text, value, wrong, rng)
 
 
-def _with_options(text: str, answer: str, wrong: list[str], rng: np.random.Generator) -> Question:
-    """The question with the answer among random wrong options, in random order."""
-    options = [answer, *rng.choice(wrong, NUM_OPTIONS - 1, replace=False)]
+def _with_options(
+    text: str, answer: str, wrong: list[str], rng: np.random.Generator, always: Sequence[str] = ()
+) -> Question:
+    """The question with the answer, the wrong options `always` and random ones of `wrong`, in random order."""
+    options = [answer, *always]
+    options += list(rng.choice(wrong, NUM_OPTIONS - len(options), replace=False))
     return Question(text, tuple(str(option) for option in rng.permutation(options)), answer)

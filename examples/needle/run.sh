@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains the bundled model from nothing on the needle benchmark: retrieval, ordering and counting.
+# Trains the bundled model from nothing on the needle benchmark: what appears, in which order, how
+# often and when, or that nothing does.
 #
 #     examples/needle/run.sh runs/needle
 #
@@ -18,14 +19,15 @@ finished() { [ -f "$OUT/$1/trainer_state.json" ]; }
 
 # Data.
 python -m needle.training_data stills --output "$OUT/stills" --count 8000
+python -m needle.training_data clips --output "$OUT/clips" --count 3000
 python -m needle.training_data videos --output "$OUT/videos" --count 12000
 
 # As nothing is downloaded, the vision tower has to learn, too. From here on it is frozen.
 finished vision || python -m needle.pretrain_vision --output_dir "$OUT/vision" \
     --max_steps 5000 --per_device_train_batch_size 8 --learning_rate 2e-3 --warmup_steps 0.1 "${TRAINING[@]}"
 
-# Its features of all stills and videos.
-for KIND in stills videos; do
+# Its features of all stills, clips and videos.
+for KIND in stills clips videos; do
     python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/$KIND/records/train.jsonl" \
         --media_folder "$OUT/$KIND" --output "$OUT/features" --num_frames 128
 done
@@ -36,11 +38,14 @@ train() {
         --features "$OUT/features" --num_frames 128 --warmup_steps 0.05 "${TRAINING[@]}" "${@:3}"
 }
 STILLS=(--data "$OUT/stills/records" --per_device_train_batch_size 48)
+CLIPS=(--data "$OUT/clips/records" --per_device_train_batch_size 24)
 VIDEOS=(--data "$OUT/videos/records" --per_device_train_batch_size 12 --train_sampling_strategy group_by_length)
 
-# Compressor and language model learn on stills, the compressor alone on videos, both on videos. In the last stage
-# videos seem up to eight times longer than they are, so that the model can read longer ones.
+# Compressor and language model learn on stills, the compressor alone on videos, both on clips, where they learn to read
+# the times of frames, and both on videos. In the last stage videos seem up to eight times longer than they are, so that
+# the model can read longer ones.
 train image      vision --stage image "${STILLS[@]}" --max_steps 300  --learning_rate 1e-3
 train align      image  --stage align "${VIDEOS[@]}" --max_steps 300  --learning_rate 1e-3
-train video      align  --stage video "${VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
+train clips      align  --stage video "${CLIPS[@]}"  --max_steps 1000 --learning_rate 1e-3
+train video      clips  --stage video "${VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
 train long_video video  --stage video "${VIDEOS[@]}" --max_steps 1200 --learning_rate 5e-4 --length_scale 8

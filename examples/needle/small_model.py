@@ -4,19 +4,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, SiglipImageProcessor
 
 from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
+from mambamia_hf.frame_times import time_token_ids
 from mambamia_hf.tokenization_mambamia import SPECIAL_TOKENS
 
 from .glyphs import COLOURS, DIGITS, SHAPES
-from .questions import CHOICE_QUESTIONS, OPEN_QUESTIONS
+from .questions import CHOICE_QUESTIONS, NOTHING, OPEN_QUESTIONS
 
 
 IMAGE_SIZE = 96
+TIME_FORMAT = "mm:ss"
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer with Qwen2's special tokens and a vocabulary of the few words of the benchmark."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     texts = [
         wording.format(medium=medium, kind=kind, value=value)
@@ -26,12 +30,12 @@ def build_tokenizer() -> Qwen2Tokenizer:
         for kind in ("shape", "digit")
         for value in SHAPES
     ]
-    texts += [*SHAPES, *DIGITS, *COLOURS, "system\n", "user\n", "assistant\n", "You are a helpful assistant."]
-    texts += [f" Options: {'; '.join(SHAPES)}."] + [f" {value}" for value in SHAPES + DIGITS]
+    texts += [*SHAPES, *DIGITS, *COLOURS, NOTHING, "system\n", "user\n", "assistant\n", "You are a helpful assistant."]
+    texts += [f" Options: {'; '.join(SHAPES)}."] + [f" {value}" for value in [*SHAPES, *DIGITS, NOTHING]]
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=448,
+            vocab_size=512,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=["<|endoftext|>", *SPECIAL_TOKENS],
             show_progress=False,
@@ -54,11 +58,12 @@ def build_processor() -> MambaMiaProcessor:
         image_processor=SiglipImageProcessor(size=size),
         video_processor=MambaMiaVideoProcessor(size=size),
         tokens_per_frame=1,
+        frame_time_format=TIME_FORMAT,
     )
 
 
 def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneration:
-    """About 2.1 million parameters; the 9 patches of a frame become one anchor."""
+    """About 2.1 million parameters; the 9 patches of a frame become one anchor, with the frame's time before it."""
     tokenizer = processor.tokenizer
     config = MambaMiaConfig(
         vision_config={
@@ -93,6 +98,8 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
         },
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
+        frame_time_format=TIME_FORMAT,
+        time_token_ids=time_token_ids(tokenizer, TIME_FORMAT),
         vision_feature_layer=-1,
         vision_batch_size=64,
         delta_threshold=None,

@@ -1,4 +1,4 @@
-"""Writes stills or short videos and their questions, for training and for tests with as many frames each.
+"""Writes stills, clips or short videos and their questions, for training, and videos of one length for tests.
 
     PYTHONPATH=examples python -m needle.training_data videos --output videos --count 12000
     PYTHONPATH=examples python -m needle.training_data test_videos --output test --count 300 --num_frames 32
@@ -10,7 +10,7 @@ second call does nothing.
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,14 @@ from tqdm import tqdm
 from mambamia_hf.files import atomic_write
 
 from .plan import TASKS, NeedleVideo
-from .questions import multiple_choice, needle_multiple_choice, needle_questions, questions
+from .questions import needle_multiple_choice, needle_questions, questions, task_question, when_question
 from .video import needle_image, write_needle_video
 
 
 NUM_FRAMES = (16, 32, 64, 128)
+# Clips are so short that a model soon finds which time belongs to which frame; counting has no room in them.
+CLIP_FRAMES = (6, 8)
+CLIP_TASKS = ("retrieval", "when", "nothing")
 QUESTIONS_PER_VIDEO = 3
 RECORDS = Path("records", "train.jsonl")  # alone in its folder, so that `datasets` can load the folder
 
@@ -42,36 +45,44 @@ def write_still(folder: Path, seed: int) -> list[Record]:
     return [make_record("image", f"{seed}.jpg", 1, *asked)]
 
 
-def write_training_video(folder: Path, seed: int) -> list[Record]:
-    """Writes an H.264 file of 16 to 128 frames and asks three questions about it."""
+def write_training_video(
+    folder: Path, seed: int, lengths: Sequence[int] = NUM_FRAMES, tasks: Sequence[str] = TASKS
+) -> list[Record]:
+    """Writes an H.264 file of one of `lengths` frames and asks three questions about it, not all those of its task."""
     rng = random.Random(seed)
-    num_frames = rng.choice(NUM_FRAMES)
-    video = write_spaced_video(folder, seed, rng, num_frames, "train")
+    num_frames = rng.choice(lengths)
+    video = write_spaced_video(folder, seed, rng, num_frames, "train", tasks)
     records = []
     for variant in range(QUESTIONS_PER_VIDEO):
-        question = multiple_choice(video, QUESTIONS_PER_VIDEO * seed + variant)
-        asked = (question.prompt, question.answer)
+        question = task_question(video, QUESTIONS_PER_VIDEO * seed + variant)
+        asked, task = (question.prompt, question.answer), video.task
         if video.task == "retrieval" and rng.random() < 0.3:
             asked = rng.choice(questions(video))
-        records.append(make_record("video", f"{seed}.mp4", num_frames, *asked))
+        elif video.task == "retrieval" and rng.random() < 0.3:
+            question = when_question(video.needles[0], rng)
+            asked, task = (question.prompt, question.answer), "when"
+        records.append(make_record("video", f"{seed}.mp4", num_frames, *asked) | {"task": task})
     return records
 
 
-def write_test_video(folder: Path, seed: int, num_frames: int) -> list[Record]:
-    """Writes an H.264 file of the test split and asks the question of its task; the record names the task."""
-    video = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test")
-    question = multiple_choice(video, seed)
+def write_test_video(folder: Path, seed: int, num_frames: int, tasks: Sequence[str]) -> list[Record]:
+    """Writes an H.264 file of the test split and asks the question of its task, one of `tasks` in turn."""
+    video = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test", tasks)
+    question = task_question(video, seed)
     record = make_record("video", f"{seed}.mp4", num_frames, question.prompt, question.answer)
     return [record | {"task": video.task}]
 
 
-def write_spaced_video(folder: Path, seed: int, rng: random.Random, num_frames: int, split: str) -> NeedleVideo:
-    """`SEED.mp4` with frames half a second to ten seconds apart, so that each of them is sampled."""
-    seconds = 0.5 * 20 ** rng.random()
+def write_spaced_video(
+    folder: Path, seed: int, rng: random.Random, num_frames: int, split: str, tasks: Sequence[str]
+) -> NeedleVideo:
+    """`SEED.mp4` of up to an hour with frames half a second or more apart, so that each of them is sampled."""
+    shortest, longest = 0.5, 3600 / num_frames
+    seconds = round(4 * shortest * (longest / shortest) ** rng.random()) / 4  # H.264 has no rate for any number
     return write_needle_video(
         folder / f"{seed}.mp4",
         seed,
-        task=TASKS[seed % len(TASKS)],
+        task=tasks[seed % len(tasks)],
         split=split,
         duration=num_frames * seconds,
         fps=1 / seconds,
@@ -100,15 +111,17 @@ def write_data(folder: Path, write_sample: Callable[[Path, int], list[Record]], 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("stills", "videos", "test_videos"))
+    parser.add_argument("kind", choices=("stills", "clips", "videos", "test_videos"))
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, required=True, help="stills or videos")
+    parser.add_argument("--count", type=int, required=True, help="stills, clips or videos")
     parser.add_argument("--num_frames", type=int, default=32, help="frames of each test video")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="those of the test videos")
     options = parser.parse_args(arguments)
     write_sample = {
         "stills": write_still,
+        "clips": partial(write_training_video, lengths=CLIP_FRAMES, tasks=CLIP_TASKS),
         "videos": write_training_video,
-        "test_videos": partial(write_test_video, num_frames=options.num_frames),
+        "test_videos": partial(write_test_video, num_frames=options.num_frames, tasks=options.tasks),
     }
     write_data(options.output, write_sample[options.kind], options.count)
 

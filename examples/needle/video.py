@@ -54,8 +54,8 @@ def write_needle_video(
     Args:
         path: the file to write.
         seed: non-negative; decides background, needles, times and places.
-        task: "retrieval" (one needle), "ordering" (three of different values, one after another) or "counting" (one
-            value, one to four times).
+        task: "retrieval" or "when" (one needle), "ordering" (three of different values, one after another),
+            "counting" (one value, one to four times) or "nothing" (no needle).
         split: "train" or "test". The two share neither backgrounds nor the places of needles.
         duration: length in seconds.
         fps: the file's frame rate.

@@ -89,7 +89,8 @@ def test_runs_give_rows_and_are_not_repeated(needle, tmp_path, monkeypatch):
     tests = [tmp_path / "test 24", tmp_path / "test 48"]
     for folder in tests:
         num_frames = folder.name.removeprefix("test ")
-        training_data.main(["test_videos", "--output", str(folder), "--count", "6", "--num_frames", num_frames])
+        data = ["--output", str(folder), "--count", "6", "--num_frames", num_frames, "--tasks", *run.TASKS]
+        training_data.main(["test_videos", *data])
         write_features(needle / "vision", folder, folder / "features")
     output, settings = tmp_path / "the rows.jsonl", Settings(train_frames=32, image_steps=1, video_steps=1)
     run_all(settings, needle, tests, output, workers=1)

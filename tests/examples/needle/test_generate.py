@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from needle.generate import main
 from needle.plan import TASKS, Needle
-from needle.questions import multiple_choice
+from needle.questions import task_question
 from needle.video import write_needle_video
 
 
@@ -24,7 +24,7 @@ def test_generate_writes_a_data_set_and_goes_on_where_it_stopped(tmp_path):
             tmp_path / "again.mp4", record["seed"], task=record["task"], split="test", duration=10.0, size=(32, 48)
         )
         assert (folder / record["video"]).read_bytes() == video.path.read_bytes()
-        question = multiple_choice(video, record["seed"])
+        question = task_question(video, record["seed"])
         assert [turn["value"] for turn in record["conversations"]] == [f"<video>\n{question.prompt}", question.answer]
         assert (tuple(record["options"]), record["answer"]) == (question.options, question.answer)
         assert [Needle(**needle) for needle in record["needles"]] == video.needles

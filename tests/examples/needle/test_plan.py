@@ -8,9 +8,10 @@ from needle.plan import LATTICE, SPLITS, TASKS, plan_video
 def test_tasks_have_their_needles():
     counts = set()
     for seed in range(24):
-        retrieval, ordering, counting = (plan_video(seed, task=task, duration=10.0) for task in TASKS)
-        assert (retrieval.task, ordering.task, counting.task) == TASKS
-        assert len(retrieval.needles) == 1
+        videos = [plan_video(seed, task=task, duration=10.0) for task in TASKS]
+        retrieval, ordering, counting, when, nothing = videos
+        assert tuple(video.task for video in videos) == TASKS
+        assert len(retrieval.needles) == len(when.needles) == 1 and nothing.needles == []
         assert len({needle.value for needle in ordering.needles}) == len(ordering.needles) == 3
         assert len({needle.value for needle in counting.needles}) == 1
         for video in (ordering, counting):
@@ -44,7 +45,7 @@ def test_splits_share_no_places():
         ({"duration": float("inf")}, "duration inf s holds no frame"),
         ({"size": (127, 128)}, r"size must be \(height, width\), both even and at least 32, got \(127, 128\)"),
         ({"size": (128,)}, r"size must be \(height, width\)"),
-        ({"task": "reading"}, "task must be one of retrieval, ordering, counting, got 'reading'"),
+        ({"task": "reading"}, "task must be one of retrieval, ordering, counting, when, nothing, got 'reading'"),
         ({"split": "dev"}, "split must be one of train, test, got 'dev'"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"duration": 2.0, "task": "ordering"}, "4 sampled frames have no room for 3 needles of 0.5 s, as ordering"),

@@ -22,7 +22,7 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     for module, arguments in commands:
         if module == "needle.training_data":
             training_data.main(arguments)
-    assert written == {output / "stills": 8000, output / "videos": 12000}
+    assert written == {output / "stills": 8000, output / "clips": 3000, output / "videos": 12000}
 
     (vision,) = (arguments for module, arguments in commands if module == "needle.pretrain_vision")
     (vision,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(vision)
@@ -38,15 +38,19 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     assert {one.model for one in features} == {vision.output_dir}
 
     stages = [parse_arguments(arguments) for module, arguments in commands if module == "mambamia_hf.training"]
-    assert [stage.stage for stage, _ in stages] == ["image", "align", "video", "video"]
-    assert [stage.length_scale for stage, _ in stages] == [1, 1, 1, 8]
+    assert [stage.stage for stage, _ in stages] == ["image", "align", "video", "video", "video"]
+    assert [stage.length_scale for stage, _ in stages] == [1, 1, 1, 1, 8]
+    assert [Path(stage.data[0]).parent.name for stage, _ in stages] == [
+        "stills",
+        "videos",
+        "clips",
+        "videos",
+        "videos",
+    ]
     model = vision.output_dir
     for stage, training in stages:
         assert stage.model == model
         assert [stage.features] == list({one.output for one in features})
-        assert [Path(folder).parent for folder in stage.data] == [
-            output / ("stills" if stage.stage == "image" else "videos")
-        ]
         assert (training.seed, training.weight_decay, training.warmup_steps) == (2025, 0.05, 0.05)
         model = training.output_dir
     assert model == str(output / "long_video")
@@ -58,5 +62,5 @@ def test_finished_stages_are_left_out(modules_of, tmp_path):
         (output / name).mkdir(parents=True)
         (output / name / "trainer_state.json").touch()
     modules = [module for module, _ in modules_of(SCRIPT, output)]
-    assert modules.count("mambamia_hf.training") == 3
+    assert modules.count("mambamia_hf.training") == 4
     assert "needle.pretrain_vision" not in modules

@@ -7,6 +7,9 @@ from needle.questions import needle_questions
 from needle.training_data import RECORDS, main
 from PIL import Image
 
+from mambamia_hf import MambaMiaVideoProcessor
+from mambamia_hf.frame_times import format_time
+
 
 def read(folder):
     return [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
@@ -26,6 +29,18 @@ def test_stills(tmp_path):
         assert asked in dict(needle_questions(needle, "image")) or " Options: " in asked
 
 
+def test_times_are_those_that_a_model_reads(tmp_path):
+    """The answer to "when" is the time of a sampled frame, the first that shows the needle."""
+    main(["videos", "--output", str(tmp_path), "--count", "12"])
+    asked = [record for record in read(tmp_path) if record["task"] == "when"]
+    assert len({record["video"] for record in asked}) >= 3
+    for record in asked:
+        video = str(tmp_path / record["video"])
+        times = MambaMiaVideoProcessor(num_frames=128)(video, return_tensors="pt")["video_timestamps"][0]
+        assert len(times) == record["length"]
+        assert record["conversations"][1]["value"] in [format_time(seconds, "mm:ss") for seconds in times.tolist()]
+
+
 def test_videos(tmp_path):
     main(["videos", "--output", str(tmp_path), "--count", "4"])
     records = read(tmp_path)
@@ -38,9 +53,22 @@ def test_videos(tmp_path):
     assert read(tmp_path) == records, "finished data is written again"
 
 
+def test_clips(tmp_path):
+    main(["clips", "--output", str(tmp_path), "--count", "6"])
+    records = read(tmp_path)
+    assert {record["length"] for record in records} <= {6, 8}
+    assert {record["task"] for record in records} == {"retrieval", "when", "nothing"}
+
+
 def test_test_videos(tmp_path):
     main(["test_videos", "--output", str(tmp_path), "--count", "6", "--num_frames", "24"])
     records = read(tmp_path)
-    assert [record["task"] for record in records] == 2 * list(TASKS)
+    assert [record["task"] for record in records] == [*TASKS, TASKS[0]]
     assert {record["length"] for record in records} == {24}
-    assert all(" Options: " in record["conversations"][0]["value"] for record in records)
+    choices = [record for record in records if record["task"] not in ("when", "nothing")]
+    assert all(" Options: " in record["conversations"][0]["value"] for record in choices)
+
+
+def test_test_videos_of_some_tasks(tmp_path):
+    main(["test_videos", "--output", str(tmp_path), "--count", "3", "--num_frames", "8", "--tasks", "when", "nothing"])
+    assert [record["task"] for record in read(tmp_path)] == ["when", "nothing", "when"]
