@@ -1,5 +1,6 @@
 """The checkpoint that comes with the package, and its card."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from needle.questions import questions
 from needle.video import write_needle_video
 from tiny_model import ask
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
 
@@ -26,6 +31,18 @@ def test_is_small_and_complete(model_and_processor):
     files = list(Path(BUNDLED_CHECKPOINT).iterdir())
     assert sum(file.stat().st_size for file in files if file.suffix == ".safetensors") < 10e6
     assert not any(file.suffix == ".bin" for file in files)
+
+
+def test_has_what_others_look_up():
+    folder = Path(BUNDLED_CHECKPOINT)
+    config, processor, videos = (
+        json.loads((folder / name).read_text())
+        for name in ("config.json", "processor_config.json", "video_preprocessor_config.json")
+    )
+    assert videos == processor["video_processor"]
+    assert config["auto_map"]["AutoModelForImageTextToText"].endswith(f".{config['architectures'][0]}")
+    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        assert names[config["model_type"]] == config["architectures"][0]
 
 
 def test_answers_about_fresh_videos(model_and_processor, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_tokenizer
-from transformers import AutoProcessor, SiglipImageProcessor
+from transformers import AutoProcessor, AutoVideoProcessor, SiglipImageProcessor
 from transformers.video_utils import VideoMetadata
 from video_files import draw_number, read_numbers, write_video
 
@@ -499,6 +499,16 @@ class TestSaving:
         assert set(inputs) == set(expected)
         for name, tensor in expected.items():
             assert torch.equal(inputs[name], tensor)
+
+    def test_video_processor_has_a_file_of_its_own(self, tmp_path):
+        processor = make_processor()
+        processor.video_processor.num_frames = 7
+        processor.save_pretrained(tmp_path)
+        (tmp_path / "processor_config.json").unlink()
+        loaded = AutoVideoProcessor.from_pretrained(tmp_path)
+        assert type(loaded) is MambaMiaVideoProcessor
+        for name in ("num_frames", "fps", "size", "seek_mode", "image_mean", "resample"):
+            assert getattr(loaded, name) == getattr(processor.video_processor, name)
 
     def test_own_template_is_kept(self, tmp_path):
         make_processor(chat_template="{{ messages[0]['content'] }}").save_pretrained(tmp_path)

@@ -175,6 +175,12 @@ class MambaMiaProcessor(ProcessorMixin):
         """Placeholders of a frame of a video: those of its time, then `tokens_per_frame`."""
         return time_width(self.frame_time_format) + self.tokens_per_frame
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        """As any processor's; the video processor's settings stand in a file of their own as well, where servers look
+        for them. Those in `processor_config.json` count when a processor is loaded."""
+        self.video_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "num_kept_frames"]
