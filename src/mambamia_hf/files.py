@@ -1,7 +1,10 @@
 """Files and folders that are written whole or not at all."""
 
+import glob
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +12,43 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
+# The lock of a folder that is in use, which is there long before this time is over.
+_LOCK, _SECONDS_TO_LOCK = ".lock", 60
+
+
+@contextmanager
+def locked_folder(parent: str | os.PathLike[str], prefix: str) -> Iterator[Path]:
+    """Yields a new folder that is gone afterwards, Ctrl-C included.
+
+    What killed processes left is removed by the next one that asks for a folder of the same prefix.
+
+    Args:
+        parent: the folder to make it in.
+        prefix: how its name begins.
+    """
+    for left in Path(parent).glob(f"{glob.escape(prefix)}*"):
+        try:
+            if time.time() - left.stat().st_mtime > _SECONDS_TO_LOCK:
+                with FileLock(left / _LOCK, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+        except (OSError, Timeout):
+            continue  # another process uses it or has removed it, or it is another user's
+    folder, owner = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), os.getpid()
+    try:
+        with FileLock(folder / _LOCK):
+            yield folder
+    finally:
+        if os.getpid() == owner:  # a forked child may drop what its parent still uses
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path` to write to, and moves that file to `path` when the block succeeds.
+    """Yields a temporary path to write to, and moves that file to `path` when the block succeeds.
 
-    Readers see the former file or the new one, never a part of it. The temporary file is removed when the block
-    raises, Ctrl-C included. It keeps the suffix of `path`, as many writers choose the format by it.
+    Readers see the former file or the new one, never a part of it. The temporary file is in a hidden folder beside
+    `path`, which is removed when the block raises, Ctrl-C included; what a killed process left is removed by the next
+    one that writes to `path`. It has the name of `path`, as many writers choose the format by its suffix.
 
     Args:
         path: the file to write; an existing one is replaced.
@@ -23,12 +57,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         The temporary path.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with locked_folder(path.parent, f".{path.name}.partial-") as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 @contextmanager
@@ -72,4 +103,4 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         lock.release()
 
 
-__all__ = ["atomic_folder", "atomic_write"]
+__all__ = ["atomic_folder", "atomic_write", "locked_folder"]

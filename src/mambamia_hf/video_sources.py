@@ -17,6 +17,9 @@ from urllib.request import url2pathname
 from huggingface_hub.utils import httpx
 from PIL import Image
 
+from .files import locked_folder
+from .messages import printable, without_secrets
+
 
 VideoSource = str | os.PathLike | bytes | BinaryIO
 
@@ -107,6 +110,13 @@ class VideoLimits:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Gives a folder that is gone afterwards. What processes left that were killed is removed before."""
+    with locked_folder(tempfile.gettempdir(), "mambamia-video-") as folder:
+        yield str(folder)
+
+
+@contextmanager
 def as_local_file(source: VideoSource, limits: VideoLimits) -> Iterator[tuple[str, str]]:
     """Gives the path of a local file with the video, and what to call the video in messages.
 
@@ -171,32 +181,6 @@ def _content_at(address: str, limits: VideoLimits) -> tuple[Iterable[bytes] | No
     return _download(address, name, limits), name
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for what could move the cursor or change colours on a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def without_secrets(url: str) -> str:
-    """The address without user name, password and query, which may hold a token."""
-    host_and_path = url.partition("://")[2].partition("?")[0].partition("#")[0]
-    host, slash, path = host_and_path.partition("/")
-    return printable(url.partition("://")[0] + "://" + host.rpartition("@")[2] + slash + path)
-
-
-def _data(address: str) -> bytes:
-    """The content of a `data:` address."""
-    kind, comma, text = address.partition(",")
-    content = unquote_to_bytes(text)
-    if not kind.endswith(";base64"):
-        return content
-    try:
-        return base64.b64decode(content, validate=True)
-    except binascii.Error as error:
-        raise ValueError(
-            f"The video given as '{printable(kind[:80])}{comma}...' is no base64 ({error}): encode the whole file."
-        ) from None
-
-
 def _is_stream(path: str) -> bool:
     """Whether this is a pipe or a device, which can be read only once."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
@@ -217,7 +201,7 @@ def _encodable(path: str) -> Iterator[str]:
     try:
         path.encode()
     except UnicodeEncodeError:
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             link = os.path.join(folder, "video")
             os.symlink(os.path.abspath(path), link)
             yield link
@@ -234,7 +218,7 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
 
 @contextmanager
 def _temporary_copy(blocks: Iterable[bytes], name: str, limits: VideoLimits) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         path = os.path.join(folder, "video")
         size = 0
         with open(path, "wb") as file:

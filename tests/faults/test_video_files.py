@@ -14,8 +14,9 @@ from PIL import Image
 from video_files import draw_number, read_numbers, write_sound, write_video
 
 from mambamia_hf import MambaMiaVideoProcessor
+from mambamia_hf.messages import printable, without_secrets
 from mambamia_hf.video_decoding import VideoReader, decode_video
-from mambamia_hf.video_sources import VideoLimits, printable
+from mambamia_hf.video_sources import VideoLimits
 
 
 RED, GREEN, BLUE, WHITE = (200, 0, 0), (0, 200, 0), (0, 0, 200), (255, 255, 255)
@@ -222,6 +223,11 @@ class TestNames:
         assert r"\x1b[31m\rv.mp4" in str(caught.value)
         assert str(caught.value).isprintable()
         assert printable("ä 日本\t\x07") == r"ä 日本\t\x07"
+
+    def test_secrets(self):
+        assert without_secrets("https://me:pw@host.org/a/v.mp4?token=x#y") == "https://host.org/a/v.mp4"
+        assert without_secrets("https://host.org?token=x") == "https://host.org"
+        assert without_secrets("folder/12:30 a@b?.mp4") == "folder/12:30 a@b?.mp4"
 
     def test_pipes(self, tmp_path):
         content = write_video(tmp_path / "v.mp4").read_bytes()

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..messages import without_secrets
 from .console import say
 from .opening import check_plot_path, describe_evidence, name_bundled_model, open_video
 
@@ -42,7 +43,7 @@ def run(arguments: Namespace) -> None:
 def to_json(answer: "Answer", video: str) -> str:
     """One line with everything in an answer about `video`; in ASCII where stdout cannot print all characters."""
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    fields = {**asdict(answer), "video": video}
+    fields = {**asdict(answer), "video": without_secrets(video)}
     if answer.evidence is None:
         del fields["evidence"]
     return json.dumps(fields, ensure_ascii=not is_unicode)

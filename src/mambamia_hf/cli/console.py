@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..messages import printable
+
 
 def say(text: str) -> None:
     """Print one line on stderr."""
-    print(f"mambamia: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"mambamia: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
 def format_time(seconds: float, decimals: int = 0) -> str:

@@ -4,6 +4,7 @@ import argparse
 
 from huggingface_hub import HfApi
 
+from ..messages import printable
 from .checkpoints import convert_from_original, convert_to_original
 
 
@@ -44,5 +45,4 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"Uploaded {api.upload_folder(repo_id=repo_id, folder_path=args.dst)}.")
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
-        # Names from a checkpoint reach the terminal without their control characters.
-        parser.exit(2, "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) + "\n")
+        parser.exit(2, printable(line) + "\n")
