@@ -126,11 +126,11 @@ def test_non_square_frames():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size must be at least 1, not 0"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1 .*, not 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"patches_per_anchor": 0}, "patches_per_anchor must be at least 1"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"num_temporal_layers": -1}, "num_temporal_layers must not be negative, not -1"),
+        ({"num_temporal_layers": -1}, "num_temporal_layers must be at least 0 .*, not -1"),
         ({"head_dim": 100}, "head_dim=100 does not divide .* 6144; set head_dim to a divisor"),
         ({"n_groups": 5}, "n_groups=5 does not divide the 96 heads .*; set n_groups to a divisor"),
         ({"time_step_limit": (0.2, 0.1)}, "time_step_limit must be two rising numbers"),

@@ -4,7 +4,7 @@ from golden import load_golden
 from tiny_model import tiny_compressor_config
 from torch import nn
 
-from mambamia_hf import MambaMiaCompressor
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig
 from mambamia_hf.convert import compressor_from_original
 from mambamia_hf.modeling_compressor import MambaMiaGatedPatchAggregation
 
@@ -316,3 +316,19 @@ def test_reading_only_anchors_changes_nothing(placement, variant, frames):
         parameters = [parameter for parameter in compressor.layers.parameters()]
         results.append((anchors, torch.autograd.grad(anchors.square().sum(), [features, *parameters])))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_initialization_of_the_released_code():
+    config = tiny_compressor_config(initialization="released", hidden_size=64, num_temporal_layers=1)
+    torch.manual_seed(0)
+    compressor = MambaMiaCompressor(config)
+    for block in (*compressor.layers, *compressor.temporal_layers):
+        for ssm in (block.mixer.forward_ssm, block.mixer.backward_ssm):
+            if ssm is not None:
+                torch.testing.assert_close(ssm.A_log.exp(), torch.arange(1.0, config.num_heads + 1))
+    assert compressor.anchor.std() == pytest.approx(64**-0.5, rel=0.3)
+    bound = (6 / (config.input_size + config.hidden_size)) ** 0.5
+    assert 0.9 * bound < compressor.input_proj.weight.abs().max() <= bound
+    assert compressor.output_proj.bias.abs().max() == 0
+    again = MambaMiaCompressorConfig(**config.to_dict())
+    assert again.initialization == "released"

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from .checkpoint_files import check_sizes, explained
 from .frame_selection import frame_budget
 from .frame_times import time_characters, time_width
 from .versions import warn_if_untested
@@ -51,6 +52,9 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         A_init_min, A_init_max (`float`, default to 1 and 16): -A at initialisation is uniform between.
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of every norm.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        initialization (`str`, defaults to `"mamba"`): `"mamba"` draws A and the anchor as above; `"released"` begins
+            as the released code does: -A of head n is n, the anchor has a standard deviation of `hidden_size ** -0.5`,
+            and the outer projections are Xavier-uniform.
 
     Raises:
         ValueError: for settings that cannot be built, naming the field.
@@ -86,6 +90,7 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
     A_init_max: float | int = 16
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    initialization: Literal["mamba", "released"] = "mamba"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.time_step_limit = tuple(float(bound) for bound in self.time_step_limit)
@@ -124,14 +129,9 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         self._validate_ranges()
 
     def _validate_sizes(self) -> None:
-        for name in (
-            "input_size output_size hidden_size num_hidden_layers expand head_dim state_size n_groups conv_kernel "
-            "chunk_size patches_per_anchor"
-        ).split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.num_temporal_layers < 0:
-            raise ValueError(f"num_temporal_layers must not be negative, not {self.num_temporal_layers}.")
+        check_sizes(vars(self))
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers must be at least 1, not {self.num_hidden_layers}.")
         if self.intermediate_size % self.head_dim:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide expand * hidden_size = {self.intermediate_size}; "
@@ -303,6 +303,9 @@ class MambaMiaConfig(PreTrainedConfig):
                 f"This is a checkpoint in the layout of the authors' code (model_type={model_type!r}); convert it "
                 f"first: python -m mambamia_hf.convert SRC DST."
             )
+        for name in cls.sub_configs:
+            if name in config_dict and config_dict[name] is None:  # the defaults would be a model of 8 billion weights
+                raise ValueError(f"The config.json of {args[0] if args else model_type} has no {name}.")
         return config_dict, unused
 
     @classmethod
@@ -387,8 +390,7 @@ class MambaMiaConfig(PreTrainedConfig):
                 f"vision_feature_norm=True needs a vision tower with a final layer norm, and "
                 f"{self.vision_config.model_type} has feature maps; set it to False."
             )
-        if self.image_token_id == self.video_token_id:
-            raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
+        self._validate_tokens()
         self._validate_times()
         if self.vision_batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1, not {self.vision_batch_size}.")
@@ -424,13 +426,25 @@ class MambaMiaConfig(PreTrainedConfig):
                     f"`frame_times.time_token_ids`."
                 )
 
+    def _validate_tokens(self) -> None:
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"image_token_id and video_token_id must differ, both are {self.image_token_id}.")
+        for name in ("image_token_id", "video_token_id"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be the number of a token, from 0 on, not {getattr(self, name)}.")
+
 
 def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
     """A configuration as it is, from a dictionary (of the default's type if that names none), or the default."""
     if isinstance(given, PreTrainedConfig):
         return given
+    if not isinstance(given, dict | None):
+        raise ValueError(f"{given!r} is no configuration of a model; give a dictionary of its settings.")
     settings = dict(default if given is None else given)
-    return CONFIG_MAPPING[settings.pop("model_type", default["model_type"])](**settings)
+    model_type = settings.pop("model_type", default["model_type"])
+    with explained(f"There is no {model_type} of these settings"):
+        check_sizes(settings)
+        return CONFIG_MAPPING[model_type](**settings)
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -4,21 +4,19 @@ import os
 import time
 import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor
 from .chat import VideoChat
 from .inputs import check_checkpoint, check_part, check_video, is_memory
+from .messages import without_secrets
 from .video_decoding import VideoReader
 from .video_memory import VideoMemory, describe_images, describe_sampling
 from .video_sampling import FrameFolder, open_video, sample_part
@@ -214,10 +212,9 @@ def encode_video(
     processor = load_processor(checkpoint)
     watch = _Stopwatch(place)
     video_processor = processor.video_processor
-    resize = partial(video_processor.resize, size=video_processor.size, resample=video_processor.resample)
     reader = open_video(video, video_processor, fps, seek_mode)
     indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
-    batch = reader.frames_at(indices, resize if video_processor.do_resize else None, progress)
+    batch = reader.frames_at(indices, video_processor.frame_transform(), progress)
     metadata = copy(reader.metadata)
     metadata.frames_indices = batch.indices
     inputs = processor(videos=[batch.data], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
@@ -239,14 +236,14 @@ def encode_video(
         memory.frame_deltas,
         [round(time, 6) for time in batch.timestamps],  # no container knows them better
         {**memory.fingerprint, "sampling": sampling},
-        name=video,
+        name=without_secrets(video),
         width=metadata.width,
         height=metadata.height,
         duration=float(metadata.duration),
     )
     chat = VideoChat(model, processor, memory, **selection, max_new_tokens=max_new_tokens)
     watch.lap("compress")
-    return EncodedVideo(video, checkpoint, reader, chat, batch.indices, watch.seconds)
+    return EncodedVideo(without_secrets(video), checkpoint, reader, chat, batch.indices, watch.seconds)
 
 
 def ask(
@@ -343,8 +340,20 @@ def load_model(checkpoint: str, device: torch.device, dtype: str | None) -> Mamb
         )
         model, report = loaded
         if report["missing_keys"]:
-            raise ValueError(f"it lacks {len(report['missing_keys'])} of the model's weights")
+            raise ValueError(f"it lacks weights of the model: {_named(report['missing_keys'])}")
+        if report["unexpected_keys"]:
+            warnings.warn(
+                f"{checkpoint} has weights that the model has not, and they are not used: "
+                f"{_named(report['unexpected_keys'])}.",
+                stacklevel=3,
+            )
     return model.to(device).eval()
+
+
+def _named(weights: Iterable[str]) -> str:
+    """The first names of weights, and how many more there are."""
+    names = sorted(weights)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextmanager
@@ -357,7 +366,7 @@ def _loading(checkpoint: str) -> Iterator[None]:
     )
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError) as error:
+    except Exception as error:  # libraries raise all kinds of errors over values that they never expected
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
             f"cannot load {name} ({reason}); give the folder or Hub id of a MambaMia checkpoint."

@@ -7,7 +7,7 @@ patches; checkpoints of the authors' code call the vector that all anchors start
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers.integrations import use_kernelized_func
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .checkpoint_files import load_checked
 from .compressor_segments import embed_in_segments, run_in_segments
 from .configuration_mambamia import MambaMiaCompressorConfig
 from .selective_scan import _kernel_selective_scan, selective_scan
@@ -468,6 +469,11 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["MambaMiaSpatialBlock", "MambaMiaTemporalBlock"]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As any model's, with one sentence for a checkpoint that is damaged or does not fit; see `load_checked`."""
+        return load_checked(super().from_pretrained, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -480,12 +486,19 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
             init.ones_(module.D)
             init.uniform_(module.conv1d.weight, -(config.conv_kernel**-0.5), config.conv_kernel**-0.5)
             if isinstance(module, MambaMiaMamba2SSM):
-                init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(*config.A_init_range).log())
+                decay = torch.empty_like(module.A_log).uniform_(*config.A_init_range)
+                if config.initialization == "released":
+                    decay = torch.arange(1, len(decay) + 1).to(decay)
+                init.copy_(module.A_log, decay.log())
                 init.ones_(module.norm)
             else:
                 init.copy_(module.A_log, torch.arange(1, config.state_size + 1).log().expand_as(module.A_log))
         elif isinstance(module, MambaMiaCompressor):
             init.normal_(module.anchor, std=config.initializer_range)
+            if config.initialization == "released":
+                init.normal_(module.anchor, std=config.hidden_size**-0.5)
+                init.xavier_uniform_(module.input_proj.weight)
+                init.xavier_uniform_(module.output_proj.weight)
             for gpa in module.modules():
                 if isinstance(gpa, MambaMiaGatedPatchAggregation):
                     init.normal_(gpa.weight_proj.weight, std=1e-3 * config.initializer_range)

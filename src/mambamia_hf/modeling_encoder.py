@@ -16,8 +16,11 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import accepts_precomputed_kwargs
 
+from .checkpoint_files import load_checked
 from .configuration_mambamia import MambaMiaConfig
+from .finite import check_finite, check_result
 from .frame_selection import frame_budget, select_frames
+from .messages import without_secrets
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
@@ -88,6 +91,11 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As any model's, with one sentence for a checkpoint that is damaged or does not fit; see `load_checked`."""
+        return load_checked(super().from_pretrained, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -208,6 +216,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         patch_features = self._for_compressor(patch_features)
         frame_mask = None if frame_mask is None else frame_mask.to(patch_features.device)
         compressed = self.compressor(patch_features, frame_mask=frame_mask, anchors_only=True, return_dict=True)
+        check_result("The anchors of the frames", compressed.anchors, self)
         return compressed.anchors, compressed.frame_deltas
 
     def project(self, anchors: Tensor) -> Tensor:
@@ -220,6 +229,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             `(num_frames, tokens_per_frame, text_hidden_size)`.
         """
         tokens = self.compressor(anchors=self._for_compressor(anchors), return_dict=True).last_hidden_state
+        check_result("The tokens of the frames", tokens, self)
         if self.end_of_frame is not None:
             tokens = torch.cat([tokens, self.end_of_frame.to(tokens).expand(len(tokens), 1, -1)], dim=1)
         return tokens
@@ -275,7 +285,9 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
 
         with closing(open_video(video, processor.video_processor, fps, seek_mode)) as reader:
             sampling: Any = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "seek_mode": seek_mode}
-            sampled = SampledVideo(reader, processor.video_processor, name=os.fspath(video), **sampling)
+            sampled = SampledVideo(
+                reader, processor.video_processor, name=without_secrets(os.fspath(video)), **sampling
+            )
             return self._remember_sampled(sampled, progress)
 
     def _remember_sampled(self, video: "SampledVideo", progress: Callable[[int, int], None] | None) -> VideoMemory:
@@ -316,6 +328,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         """The patch features `(num_frames, num_patches, vision_size)` of frames that come with their places."""
         features: Tensor | None = None
         for places, frames in batches:
+            check_finite("pixel_values_videos", frames, "check the pictures, and image_std of the processor")
             encoded = self.encode_frames(frames).last_hidden_state
             if features is None:
                 features = encoded.new_zeros(num_frames, *encoded.shape[1:])
@@ -356,6 +369,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             ValueError: unless exactly one of pixels and features is given, in its shape.
         """
         images = _given_media(pixel_values=pixel_values, patch_features=patch_features)
+        _check_media(pixel_values=pixel_values, patch_features=patch_features)
         encoded = MambaMiaPatchFeaturesOutput(last_hidden_state=images)
         if patch_features is None:
             encoded = self.encode_frames(images, vision_feature_layer, vision_batch_size, **kwargs)
@@ -416,6 +430,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 or a threshold that is out of range, that nothing uses, or that lacks a Δ.
         """
         num_frames = video_lengths(frame_mask, pixel_values_videos, patch_features_videos, video_memories)
+        _check_media(pixel_values_videos=pixel_values_videos, patch_features_videos=patch_features_videos)
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
         if delta_threshold is not None:  # a budget of every frame leaves it room
             budgets = [0 if k == n else k for k, n in zip(budgets, num_frames, strict=True)]
@@ -596,6 +611,14 @@ def _given_media(**media: Tensor | None) -> Tensor:
             f"videos into pixel_values_videos or patch_features_videos."
         )
     return tensor
+
+
+def _check_media(**media: Tensor | None) -> None:
+    """Raises if a number of the pixels or features is not finite."""
+    for name, tensor in media.items():
+        if tensor is not None:
+            remedy = f"check the pictures, and image_std of the processor; {name} is {_MEDIA_SHAPES[name]}"
+            check_finite(name, tensor, remedy)
 
 
 def real_frames(

@@ -1,6 +1,7 @@
 """MambaMia: encode the frames, embed them in the prompt, run the language model."""
 
 import inspect
+import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
@@ -27,6 +31,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
+from .finite import check_result
 from .frame_times import time_ids, time_token_ids
 from .modeling_compressor import MambaMiaCompressor
 from .modeling_encoder import (
@@ -178,8 +183,9 @@ class MambaMiaModel(MambaMiaEncoderBase):
             elif token_id >= self.config.text_config.vocab_size:  # has no embedding that could be found
                 mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             else:
-                token = torch.tensor(token_id, device=inputs_embeds.device)
-                mask = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+                token = self.get_input_embeddings()(torch.tensor([[token_id]], device=inputs_embeds.device))
+                tolerance = 4 * torch.finfo(token.dtype).eps * token.abs().max()  # an adapter computes embeddings
+                mask = ((inputs_embeds - token).abs() <= tolerance).all(dim=-1)
             if features is not None:
                 _check_places(modality, mask, features)
             masks.append(mask.unsqueeze(-1))
@@ -590,7 +596,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             dtype: type of all weights.
             frame_time_format: see [`MambaMiaConfig`].
             compressor_kwargs: of [`MambaMiaCompressorConfig`]. By default there is one anchor for each row of the
-                tower's patches; the input and output sizes are those of the two models.
+                tower's patches, and the compressor is about as wide as the language model, 3,072 at most; the input
+                and output sizes are those of the two models.
 
         Raises:
             ValueError: for an argument that is no setting of the compressor, or a format of times that does not exist
@@ -619,7 +626,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         config = MambaMiaConfig(
             vision_config=tower.config,
             text_config=language_model.config,
-            compressor_config=MambaMiaCompressorConfig(**{"patches_per_anchor": 1, **compressor_kwargs}),
+            compressor_config=_compressor_between(language_model.config, compressor_kwargs),
             image_token_id=vocabulary["<|image_pad|>"],
             video_token_id=vocabulary["<|video_pad|>"],
             frame_time_format=frame_time_format,
@@ -708,7 +715,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Tokens to predict, -100 for those that do not count; they leave with dropped frames as the prompt does.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                The last positions, or the indices of the positions, that get logits; 0 for all.
+                The last positions, or the indices of the positions, of all rows or `(batch_size, num_positions)`, that
+                get logits; 0 for all.
             num_items_in_batch (`int`, *optional*): tokens to predict in the whole batch, over all its parts.
 
         The other arguments are those of [`MambaMiaModel.forward`].
@@ -736,8 +744,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             return_dict=True,
             **kwargs,
         )
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, positions])
+        logits = self.lm_head(_positions_of(outputs.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self._loss(logits, labels, outputs, num_items_in_batch, **kwargs)
         output = MambaMiaCausalLMOutputWithPast(loss=loss, logits=logits)
         for name, value in outputs.items():
@@ -756,7 +763,9 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         """Next-token loss, plus `delta_loss_coef` times the mean Δ of the videos."""
         if outputs.token_indices is not None:
             labels = take_tokens(labels, outputs.token_indices, -100)
-        num_items = (labels[:, 1:] != -100).sum()
+            kwargs.pop("shift_labels", None)  # follow from the labels that are left
+        shifted = kwargs.get("shift_labels")
+        num_items = ((labels[:, 1:] if shifted is None else shifted) != -100).sum()
         items_in_batch = torch.as_tensor(num_items if num_items_in_batch is None else num_items_in_batch)
         items_in_batch = items_in_batch.clamp(min=1)  # avoids 0/0 when all labels are -100
         loss = self.loss_function(
@@ -798,6 +807,9 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         """
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = take_cache(kwargs)
+        kwargs["logits_processor"] = LogitsProcessorList(
+            [*(kwargs.get("logits_processor") or ()), _FiniteScores(self)]
+        )
         media = {name: kwargs.pop(name) for name in _MEDIA_ARGUMENTS if name in kwargs}
         kwargs.pop("mm_token_type_ids", None)
         if cache is not None:
@@ -843,6 +855,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if tokens is None:
             raise ValueError("There are media and no prompt; give input_ids or inputs_embeds.")
         length = tokens.shape[1]
+        if attention_mask is None and inputs_embeds is None:
+            attention_mask = self._mask_of_padding(tokens, generation_config, kwargs)
         # A mask that is longer than the prompt covers what the cache holds already.
         past_length = 0
         if attention_mask is not None and attention_mask.shape[1] > length:
@@ -890,6 +904,21 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
                 f"The prompt has {length} tokens without those of dropped frames, and the language model reads at "
                 f"most {limit}: keep fewer frames (`keep_frames`, `keep_ratio`) or sample fewer (`max_frames`)."
             )
+
+    def _mask_of_padding(
+        self, prompt: Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The mask of a prompt that came without one, as Transformers infers it: 0 for padding, None without any."""
+
+        def setting(name: str) -> Any:
+            given = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
+            return next((value for value in given if value is not None), None)
+
+        padding, end = setting("pad_token_id"), setting("eos_token_id")
+        ends = end if isinstance(end, list) else [end]
+        if padding is None or padding in ends or not (prompt == padding).any():
+            return None
+        return (prompt != padding).long()
 
     @staticmethod
     def _drop_as_cached(
@@ -950,6 +979,35 @@ _MEDIA_ARGUMENTS = (
     "vision_feature_layer",
     "vision_batch_size",
 )
+
+
+def _compressor_between(text: PreTrainedConfig, settings: dict[str, Any]) -> MambaMiaCompressorConfig:
+    """A compressor of the language model's width, rounded to whole heads, where no other is given."""
+    own = MambaMiaCompressorConfig
+    head_dim, expand = settings.get("head_dim", own.head_dim), settings.get("expand", own.expand)
+    step = head_dim // math.gcd(head_dim, expand)
+    width = max(min(text.hidden_size, own.hidden_size) // step, 1) * step
+    return MambaMiaCompressorConfig(**{"patches_per_anchor": 1, "hidden_size": width, **settings})
+
+
+def _positions_of(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The hidden states `(batch_size, num_positions, hidden_size)` that get logits."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep.to(hidden_states.device)[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
+class _FiniteScores(LogitsProcessor):
+    """Stops a generation whose scores are NaN or infinite, which would end in some answer."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_result("The scores of the next token", scores.masked_fill(scores == -math.inf, 0), self.model)
+        return scores
 
 
 def _cut_mask(cache: Cache | None, attention_mask: Tensor, length: int) -> Tensor:

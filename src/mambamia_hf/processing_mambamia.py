@@ -30,6 +30,7 @@ from .video_processing_mambamia import (
     MambaMiaVideoProcessorKwargs,
     TimedBatch,
     duration_of,
+    warn_of_rescaled,
 )
 from .video_sources import image_source, part_of
 
@@ -181,6 +182,42 @@ class MambaMiaProcessor(ProcessorMixin):
         self.video_processor.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MambaMiaProcessor":  # type: ignore[override]  # all options have names
+        """As any processor's; compares its tokens with the configuration of the model that lies beside it.
+
+        Raises:
+            ValueError: if they differ, as where files of the tokenizer are missing.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
+        try:
+            config, _ = MambaMiaConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        except OSError:  # a processor alone
+            return processor
+        if config.get("model_type") == MambaMiaConfig.model_type:
+            processor.check_tokens(config, str(pretrained_model_name_or_path))
+        return processor
+
+    def check_tokens(self, config: dict[str, Any], name: str) -> None:
+        """Checks that the tokenizer is that of a model.
+
+        Args:
+            config: content of the model's config.json.
+            name: what to call the checkpoint.
+
+        Raises:
+            ValueError: if it is another one, or a part of it.
+        """
+        remedy = f"the files of the tokenizer in {name} are not those of its model, or some are missing"
+        for token, field in ((self.image_token, "image_token_id"), (self.video_token, "video_token_id")):
+            own, expected = self.tokenizer.get_vocab()[token], config.get(field, getattr(MambaMiaConfig, field))
+            if own != expected:
+                raise ValueError(f"The tokenizer's {token} is {own} and the model's {expected}: {remedy}.")
+        num_tokens, expected = len(self.tokenizer), config.get("text_config", {}).get("vocab_size", 0)
+        if 2 * num_tokens < expected:  # some rows of embeddings are of no token in most models
+            raise ValueError(f"The tokenizer has {num_tokens} tokens and the model {expected}: {remedy}.")
+
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "num_kept_frames"]
@@ -292,6 +329,11 @@ class MambaMiaProcessor(ProcessorMixin):
                 f"{given[0]} videos and {given[1]} images: write one token for each, or use a chat with an entry of "
                 "type video or image for each."
             )
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        if kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):
+            warn_of_rescaled(images)
+        return super()._process_images(images, **kwargs)
 
     def _process_videos(  # type: ignore[override]  # Transformers passes the options by name
         self, videos: Sequence[Any], keep_frames: int | None = None, keep_ratio: float | None = None, **kwargs: Any

@@ -318,6 +318,7 @@ def describe_images(video_processor: Any) -> str:
     """How a video processor prepares frames, in words."""
     names = ["do_resize", "size", "resample", "do_center_crop", "crop_size"]
     names += ["do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"]
+    names += ["do_pad"] if getattr(video_processor, "do_pad", False) else []
     settings = {name: getattr(video_processor, name, None) for name in names}
     return json.dumps({name: _plain(value) for name, value in settings.items() if value is not None}, sort_keys=True)
 

@@ -1,7 +1,9 @@
 """Video processor of MambaMia: samples, resizes and normalises videos from files, URLs, arrays or lists of images."""
 
+import math
 import os
 import reprlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
@@ -41,6 +43,8 @@ _READING_OPTIONS = (
     "size",
     "resample",
     "default_to_square",
+    "do_pad",
+    "image_mean",
     "progress",
     "seek_mode",
 )
@@ -61,6 +65,8 @@ class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
     seek_mode (`str`, *optional*, defaults to `"exact"`):
         Whether frames of a video file are taken at the sampled times (`"exact"`), or the key frames nearest to these
         (`"keyframe"`), which is many times faster. See [`VideoReader`].
+    sample_at (`str`, *optional*, defaults to `"middle"`):
+        Whether the frames in the `"middle"` of equal parts of a video are taken, or those at the `"start"` of each.
     load_audio_from_video (`bool`, *optional*):
         Ignored: sound is not used. Servers pass it with every video.
     """
@@ -70,6 +76,7 @@ class MambaMiaVideoProcessorKwargs(VideosKwargs, total=False):
     video_end: float | int | None
     progress: bool | None
     seek_mode: str | None
+    sample_at: str | None
     load_audio_from_video: bool | None
 
 
@@ -209,6 +216,33 @@ def _all_frames(metadata: VideoMetadata, video_start: float, video_end: float | 
     return first + np.arange(part.total_num_frames)
 
 
+def pad_to_square(frames: torch.Tensor, image_mean: float | Sequence[float]) -> torch.Tensor:
+    """Frames `(..., channels, height, width)` between two stripes of the mean colour, where they are not square."""
+    height, width = frames.shape[-2:]
+    size = max(height, width)
+    if height == width:
+        return frames
+    colour = torch.tensor([int(255 * mean) for mean in np.broadcast_to(image_mean, frames.shape[-3])])
+    padded = colour.to(frames)[:, None, None].expand(*frames.shape[:-2], size, size).clone()
+    top, left = (size - height) // 2, (size - width) // 2
+    padded[..., top : top + height, left : left + width] = frames
+    return padded
+
+
+def warn_of_rescaled(pictures: Sequence[Any]) -> None:
+    """Warns of pictures that seem to be divided by 255 already: floating-point numbers from 0 to 1, not all 0."""
+    for picture in pictures:
+        if isinstance(picture, np.ndarray | torch.Tensor) and torch.as_tensor(picture).is_floating_point():
+            low, high = torch.as_tensor(picture).aminmax()
+            if 0 <= low and 0 < high <= 1:
+                warnings.warn(
+                    f"The pixels are floating-point numbers from {low:.3g} to {high:.3g}, and are divided by 255 once "
+                    "more: pass `do_rescale=False` if they are divided already.",
+                    stacklevel=3,
+                )
+                return
+
+
 class MambaMiaVideoProcessor(BaseVideoProcessor):
     """
     Turns videos into the `pixel_values_videos` that the vision tower takes.
@@ -232,6 +266,12 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             Whether frames of a video file are taken at the sampled times (`"exact"`), or the key frames nearest to
             these (`"keyframe"`), which is many times faster. Where key frames are rarer than samples they are
             repeated, with a warning. The metadata tells the true times of the frames in any case.
+        sample_at (`str`, *optional*, defaults to `"middle"`):
+            `"start"` takes the frames at the start of the equal parts, as the released code does: of `fps` and the
+            duration follow the number of frames, rounded up, and of their times the nearest frames by number.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            Whether frames are made square first, by stripes of the mean colour, as LLaVA does with
+            `image_aspect_ratio="pad"`.
         kwargs:
             The sizes, means and switches of every video processor of Transformers.
     """
@@ -250,6 +290,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     fps = 2.0
     progress = False
     seek_mode = "exact"
+    sample_at = "middle"
+    do_pad = False
     valid_kwargs = MambaMiaVideoProcessorKwargs  # type: ignore[assignment]  # declared for images
     model_input_names = ["pixel_values_videos", "frame_mask", "video_timestamps"]
 
@@ -399,6 +441,10 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             raise ValueError(
                 f"`num_frames={num_frames}` cannot be sampled from a video of {total} frames: ask for 1 to {total}."
             )
+        if self.sample_at == "start":
+            return np.minimum(np.round(np.arange(num_frames) / num_frames * total), total - 1).astype(int)
+        if self.sample_at != "middle":
+            raise ValueError(f"`sample_at={self.sample_at!r}` is no place to sample at: use 'middle' or 'start'.")
         middles = (np.arange(num_frames) + 0.5) / num_frames
         if isinstance(metadata, TimedVideoMetadata):
             # Later than 0 where a user's frames are, earlier where a part begins while a frame is on display.
@@ -422,7 +468,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         count = min(metadata.total_num_frames, max_frames or self.num_frames or metadata.total_num_frames)
         if rate and duration:
             # Containers may round times to milliseconds, which must not cost a frame.
-            count = min(count, max(1, int((duration + 1e-3) * rate)))
+            in_all = math.ceil((duration - 1e-3) * rate) if self.sample_at == "start" else (duration + 1e-3) * rate
+            count = min(count, max(1, int(in_all)))
         return count
 
     def fetch_videos(
@@ -439,6 +486,26 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             fetched = [self.fetch_videos(url, sample_indices_fn, **kwargs) for url in video_url_or_urls]
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
         return decode_video(video_url_or_urls, sample_indices_fn, **kwargs)
+
+    def frame_transform(self, **options: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What is done with each frame of a file as it is decoded: it becomes square, where asked for, and is resized.
+
+        Args:
+            options: settings that differ from those of this processor.
+
+        Returns:
+            A function of a frame `(channels, height, width)`; None where frames stay as they are.
+        """
+        settings = {
+            name: getattr(self, name) if options.get(name) is None else options[name] for name in _READING_OPTIONS
+        }
+        if not settings["do_resize"]:
+            return None
+        size = self._standardize_kwargs(size=settings["size"], default_to_square=settings["default_to_square"])
+        resize = partial(self.resize, size=size["size"], resample=settings["resample"])
+        if not settings["do_pad"]:
+            return resize
+        return lambda frame: resize(pad_to_square(frame, settings["image_mean"]))
 
     def _load_videos(
         self,
@@ -466,10 +533,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             )
 
         numbers = {name: kwargs.get(name) for name in ("num_frames", "fps", "max_frames")}
-        resize = None
-        if options["do_resize"]:
-            size = self._standardize_kwargs(size=options["size"], default_to_square=options["default_to_square"])
-            resize = partial(self.resize, size=size["size"], resample=options["resample"])
+        resize = self.frame_transform(**options)
 
         loaded = []
         for part, video, known in zip(parts, flat_videos, given_metadata, strict=True):
@@ -511,15 +575,22 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         do_normalize: bool,
         image_mean: float | list[float],
         image_std: float | list[float],
+        do_pad: bool | None = None,
         return_tensors: str | TensorType | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
+        if do_normalize and 0 in np.atleast_1d(image_std):
+            raise ValueError(f"image_std={image_std} holds a 0, and pixels are divided by it: give numbers above 0.")
+        if do_rescale:
+            warn_of_rescaled(videos)
         longest = max(len(video) for video in videos)
         frame_mask = torch.stack([torch.arange(longest, device=video.device) < len(video) for video in videos])
         pixel_values: torch.Tensor | None = None
         for i, video in enumerate(videos):
             for start in range(0, len(video), _CHUNK_FRAMES):
                 frames = video[start : start + _CHUNK_FRAMES]
+                if do_pad:
+                    frames = pad_to_square(frames, image_mean)
                 if do_resize:
                     frames = self.resize(frames, size=size, resample=resample)
                 if do_center_crop:
@@ -540,4 +611,4 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-__all__ = ["MambaMiaVideoProcessor", "TimedBatch", "duration_of"]
+__all__ = ["MambaMiaVideoProcessor", "TimedBatch", "duration_of", "pad_to_square", "warn_of_rescaled"]

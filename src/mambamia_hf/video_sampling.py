@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,11 +163,8 @@ class SampledVideo:
             place that comes again replaces what came before.
         """
         processor: Any = self.video_processor
-        resize = partial(processor.resize, size=processor.size, resample=processor.resample)
         start, num_places = time.perf_counter(), 0
-        with closing(
-            self.reader.batches_at(self.indices, batch_size, resize if processor.do_resize else None)
-        ) as read:
+        with closing(self.reader.batches_at(self.indices, batch_size, processor.frame_transform())) as read:
             for places, batch in read:
                 if places[0] < num_places:  # once more from the start
                     self.numbers[:] = -1

@@ -133,8 +133,8 @@ def refuses(src: Path, convert=convert_from_original) -> str:
 # A language model's, a vision tower's and a compressor's weights, for damage to each.
 DAMAGED = ["model.layers.1.mlp.up_proj.weight", f"{TOWER}embeddings.patch_embedding.bias", f"{PROJECTOR}query_token"]
 DAMAGES = {
-    "NaN": lambda tensor: tensor.flatten().index_fill(0, torch.tensor([3]), float("nan")).view_as(tensor),
-    "infinite": lambda tensor: tensor.flatten().index_fill(0, torch.tensor([3]), float("-inf")).view_as(tensor),
+    "is nan": lambda tensor: tensor.flatten().index_fill(0, torch.tensor([3]), float("nan")).view_as(tensor),
+    "is -inf": lambda tensor: tensor.flatten().index_fill(0, torch.tensor([3]), float("-inf")).view_as(tensor),
     "I64": lambda tensor: tensor.long(),
     "I8": lambda tensor: tensor.to(torch.int8),
     "BOOL": lambda tensor: tensor.bool(),
@@ -154,7 +154,7 @@ def test_damaged_tensors_are_named(tmp_path, name, damage):
     assert name in message and damage in message
 
 
-@pytest.mark.parametrize("damage", ["NaN", "I64", "C64"])
+@pytest.mark.parametrize("damage", ["is nan", "I64", "C64"])
 def test_damaged_tensors_of_ours_and_of_the_compressor_alone(tmp_path, damage):
     convert_from_original(Original().write(tmp_path / "src"), tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / "model.safetensors")

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from ..checkpoint_files import explained, read_json
 from ..configuration_mambamia import MambaMiaConfig
 from ..files import atomic_folder
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
@@ -44,7 +45,7 @@ from .names import (
     tower_prefix,
 )
 from .processors import add_placeholders, load_tokenizer, make_processor
-from .weights import DTYPES, StoredTensor, check_types, explained, read_json, read_tensors, read_weights, write_weights
+from .weights import DTYPES, StoredTensor, check_types, read_tensors, read_weights, write_weights
 
 
 MAX_SHARD_SIZE = 2 * 10**9
@@ -122,6 +123,9 @@ def convert_to_original(src: str | Path, dst: str | Path, max_shard_size: int = 
     expected = _shapes(_meta_model(config).state_dict())
     check_tensors(str(src), _shapes(weights), expected, _optional(config))
     original_config = config_to_original(config)
+    processor_file = folder / "processor_config.json"
+    if processor_file.is_file() and read_json(processor_file).get("video_processor", {}).get("do_pad"):
+        original_config["image_aspect_ratio"] = "pad"
     kept = _without_identities(weights, config)
     tokenizer = load_tokenizer(folder, config)
 
@@ -176,7 +180,7 @@ def _convert_model(
         write_weights(renamed, written, max_shard_size)
         _copy_generation_config(folder, written)
         if tokenizer is not None:
-            make_processor(folder, source["mm_vision_tower"], config, tokenizer).save_pretrained(written)
+            make_processor(folder, source, config, tokenizer).save_pretrained(written)
     return Path(dst)
 
 

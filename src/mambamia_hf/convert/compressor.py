@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_mambamia import MambaMiaCompressorConfig
+from ..finite import check_finite
 from ..modeling_compressor import MambaMiaCompressor
 from .configurations import (
     absent_projections,
@@ -20,7 +21,7 @@ from .names import (
     is_empty_embedding,
     original_compressor_name,
 )
-from .weights import check_finite, check_types, dtype_name
+from .weights import DAMAGED, check_types, dtype_name
 
 
 # What a compressor may hold, for the message where it holds something else.
@@ -66,7 +67,7 @@ def compressor_from_original(
     }
     check_types({name: dtype_name(tensor.dtype) for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
-        check_finite(name, tensor)
+        check_finite(name, tensor, DAMAGED)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = compressor_config(shapes, head_dim, state_size, n_groups, chunk_size)
     tensors |= absent_projections(config, tensors, tensors["model.layers.0.mixer.out_proj.weight"].dtype)

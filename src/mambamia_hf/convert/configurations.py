@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from ..checkpoint_files import explained, read_json
 from ..configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
 from .names import Shape, numbered
-from .weights import DTYPES, explained, read_json
+from .weights import DTYPES
 
 
 Settings = dict[str, Any]
@@ -376,7 +377,7 @@ def _check_preprocessing(source: Settings) -> None:
         )
     supported: dict[str, tuple[Any, ...]] = {
         "mm_patch_merge_type": _MERGE_TYPES,
-        "image_aspect_ratio": ("square",),
+        "image_aspect_ratio": ("square", "pad"),
         "mm_use_im_start_end": (False,),
     }
     for name, values in supported.items():

@@ -7,16 +7,17 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
+    LlavaImageProcessor,
     PreTrainedTokenizerBase,
     SiglipImageProcessor,
 )
 from transformers.image_utils import PILImageResampling
 
+from ..checkpoint_files import explained
 from ..configuration_mambamia import MambaMiaConfig
 from ..processing_mambamia import MambaMiaProcessor
 from ..video_processing_mambamia import MambaMiaVideoProcessor
-from .configurations import parts
-from .weights import explained
+from .configurations import Settings, parts
 
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
@@ -105,13 +106,17 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase, config: MambaMiaConfig)
 
 
 def make_processor(
-    src: Path, tower: str, config: MambaMiaConfig, tokenizer: PreTrainedTokenizerBase
+    src: Path, source: Settings, config: MambaMiaConfig, tokenizer: PreTrainedTokenizerBase
 ) -> MambaMiaProcessor:
-    """The processor of a converted checkpoint: pixels as the tower's own image processor makes them.
+    """The processor of a converted checkpoint: pixels and frames as the released code has them.
+
+    Pixels are made as by the tower's own image processor; with `image_aspect_ratio="pad"` pictures are made square by
+    stripes of the mean colour before. Frames are those at the start of equal parts of the video. The sentence about
+    its duration follows, which the released code adds unless `add_time_instruction` is false.
 
     Args:
         src: folder of the original checkpoint.
-        tower: `mm_vision_tower` of its config.json.
+        source: its config.json.
         config: our configuration of it.
         tokenizer: its tokenizer, with the placeholders.
 
@@ -119,10 +124,13 @@ def make_processor(
         ValueError: if a preprocessor_config.json cannot be read.
     """
     with explained(f"The image processor of {src} cannot be read"):
-        image_processor = _image_processor(src, tower, config)
-        video_processor = MambaMiaVideoProcessor(
-            **{name: getattr(image_processor, name, None) for name in _SHARED_SETTINGS}
-        )
+        image_processor = _image_processor(src, source["mm_vision_tower"], config)
+        shared: Any = {name: getattr(image_processor, name, None) for name in _SHARED_SETTINGS}
+        shared["do_pad"] = source.get("image_aspect_ratio") == "pad"
+        if shared["do_pad"]:
+            image_processor = LlavaImageProcessor(**shared)
+        shared["sample_at"] = "start"
+        video_processor = MambaMiaVideoProcessor(**shared)
     is_qwen = "<|im_start|>" in tokenizer.get_vocab()
     return MambaMiaProcessor(
         image_processor=image_processor,
@@ -130,6 +138,7 @@ def make_processor(
         video_processor=video_processor,
         chat_template=_CONTENT + (_QWEN_DIALOGUE if is_qwen else _VICUNA_DIALOGUE),
         tokens_per_frame=config.tokens_per_frame(),
+        time_instruction=source.get("add_time_instruction", True),
     )
 
 

@@ -2,12 +2,11 @@
 
 import json
 import math
-import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -15,12 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint_files import explained, read_index
+from ..finite import check_finite
 from .names import Shape, listing
 
 
 # The types that weights come in, under safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# What to say of tensors that are not finite.
+DAMAGED = "the checkpoint is damaged or its training diverged"
 
 
 class StoredTensor(NamedTuple):
@@ -30,32 +35,6 @@ class StoredTensor(NamedTuple):
     name: str
     shape: Shape
     dtype: str  # as safetensors calls it, or as torch does where the type is none of weights
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turns errors that a library raises over bad input into a ValueError of one sentence that starts with `what`."""
-    try:
-        yield
-    # What a library raises over values it never expected is no part of its promises: KeyError for an unknown
-    # activation, ZeroDivisionError for 0 heads, RecursionError for nested JSON.
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 400, placeholder=" …").rstrip(".")
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what} ({kind}{reason}).") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if the file cannot be read or holds anything else.
-    """
-    with explained(f"{file} cannot be read as the JSON file of a checkpoint"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}; expected an object.")
-    return content
 
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -98,16 +77,6 @@ def check_types(dtypes: Mapping[str, str]) -> None:
         raise ValueError(
             f"Weights are stored as {', '.join(DTYPES)}; these tensors are {', '.join(sorted(set(wrong.values())))}: "
             f"{listing(wrong)}."
-        )
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises a ValueError if a tensor holds NaN or infinite values."""
-    if tensor.numel() and not all(torch.isfinite(bound) for bound in tensor.aminmax()):
-        number = tensor.numel() - int(torch.isfinite(tensor).sum())
-        raise ValueError(
-            f"{name} holds NaN or infinite values, {number} of {tensor.numel()}; the checkpoint is damaged or its "
-            f"training diverged."
         )
 
 
@@ -168,7 +137,7 @@ def _write_shard(weights: Mapping[str, StoredTensor | Tensor], file: Path) -> No
     tensors: dict[str, Tensor] = {}
     pointers = set()
     for name, tensor in {**read_tensors(stored), **made}.items():
-        check_finite(stored[name].name if name in stored else name, tensor)
+        check_finite(stored[name].name if name in stored else name, tensor, DAMAGED)
         tensor = tensor.contiguous()
         # Tied tensors of a .bin file share their memory, which safetensors does not allow.
         tensors[name] = tensor.clone() if tensor.data_ptr() in pointers else tensor
@@ -188,28 +157,9 @@ def _weights_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         if file.is_file():
             return [file], {}
         if index.is_file():
-            weight_map = _read_index(index)
+            weight_map = read_index(index)
             return sorted(set(weight_map.values())), weight_map
     raise ValueError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index.")
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map from names of tensors to names of files.")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if not _stays_inside(name)]
-    if outside:
-        raise ValueError(f"{index} names files outside its folder, which are not read: {', '.join(outside)}.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise ValueError(f"{index} lists weights files that are not there: {', '.join(missing)}.")
-    return {tensor: index.parent / file for tensor, file in weight_map.items()}
-
-
-def _stays_inside(name: str) -> bool:
-    paths = (PurePath(name), PureWindowsPath(name))
-    return name.isprintable() and not any(path.anchor or ".." in path.parts for path in paths)
 
 
 def _read_headers(file: Path) -> dict[str, StoredTensor]:

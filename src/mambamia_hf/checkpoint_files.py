@@ -1,0 +1,143 @@
+"""What the files of a checkpoint say, checked before anything is built or opened by it."""
+
+import json
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+# Settings that count layers; 1,000 are several times those of the deepest models.
+_LAYERS = "num_hidden_layers num_temporal_layers num_layers n_layers n_layer".split()
+_MAX_LAYERS = 1000
+# Settings that have to be sizes, at least 1 where there are any; a hundred times those of the largest models.
+_SIZES = (
+    "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size image_size patch_size "
+    "num_channels num_patches embedding_size hidden_sizes depths input_size output_size expand state_size n_groups "
+    "conv_kernel chunk_size patches_per_anchor"
+).split()
+_MAX_SIZE = 10**8
+
+# So many weights are named in a message.
+_MAX_NAMED = 5
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns errors that a library raises over bad input into a ValueError of one sentence that starts with `what`."""
+    try:
+        yield
+    # What a library raises over values it never expected is no part of its promises: KeyError for an unknown
+    # activation, ZeroDivisionError for 0 heads, RecursionError for nested JSON.
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 400, placeholder=" …").rstrip(".")
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} ({kind}{reason}).") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if the file cannot be read or holds anything else.
+    """
+    with explained(f"{file} cannot be read as the JSON file of a checkpoint"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}; expected an object.")
+    return content
+
+
+def check_sizes(settings: Mapping[str, Any]) -> None:
+    """Refuses absurd numbers of layers and sizes, over which libraries would count for hours.
+
+    Args:
+        settings: of a configuration; other types than numbers are left to the library that it is of.
+
+    Raises:
+        ValueError: for the first absurd one.
+    """
+    for names, least, most in ((_LAYERS, 0, _MAX_LAYERS), (_SIZES, 1, _MAX_SIZE)):
+        for name in names:
+            value = settings.get(name)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(number, int | float) and not least <= number <= most for number in numbers):
+                raise ValueError(f"{name} must be at least {least} and at most {most}, not {value}.")
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    """Which file holds each tensor of a checkpoint of several files.
+
+    Raises:
+        ValueError: if the index cannot be read, or names files outside its folder or that are not there.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from names of tensors to names of files.")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if not _stays_inside(name)]
+    if outside:
+        raise ValueError(f"{index} names files outside its folder, which are not read: {', '.join(outside)}.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index} lists weights files that are not there: {', '.join(missing)}.")
+    return {tensor: index.parent / file for tensor, file in weight_map.items()}
+
+
+def check_indexes(folder: str | os.PathLike[str]) -> None:
+    """Checks the indexes of the weights in a local folder; anything else is left to who loads it.
+
+    Raises:
+        ValueError: as `read_index` does.
+    """
+    for index in sorted(Path(folder).glob("*.index.json")):
+        read_index(index)
+
+
+def load_checked(
+    load: Callable[..., Any],
+    *args: Any,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Loads a model as Transformers does, and says in one sentence what is wrong with its weights.
+
+    Args:
+        load: `from_pretrained` of Transformers.
+        args, ignore_mismatched_sizes, output_loading_info, kwargs: as in Transformers.
+
+    Raises:
+        ValueError: if an index names files outside its folder or that are not there.
+        OSError: if a weights file is damaged.
+        RuntimeError: if weights have another shape than the configuration asks for.
+    """
+    name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    if name is not None:
+        check_indexes(Path(name, kwargs.get("subfolder") or ""))
+    try:
+        model, report = load(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"A weights file of {name} is damaged ({error}); copy or download it again.") from error
+    if report["mismatched_keys"] and not ignore_mismatched_sizes:
+        weights = [
+            f"{key} ({tuple(found)}, not {tuple(own)})" for key, found, own in sorted(report["mismatched_keys"])
+        ]
+        more = f" and {len(weights) - _MAX_NAMED} more" if len(weights) > _MAX_NAMED else ""
+        raise RuntimeError(
+            f"Weights of {name} have other shapes than its configuration asks for: "
+            f"{', '.join(weights[:_MAX_NAMED])}{more}; use the configuration that they were saved with."
+        )
+    return (model, report) if output_loading_info else model
+
+
+def _stays_inside(name: str) -> bool:
+    paths = (PurePath(name), PureWindowsPath(name))
+    return name.isprintable() and not any(path.anchor or ".." in path.parts for path in paths)
+
+
+__all__ = ["check_indexes", "check_sizes", "explained", "load_checked", "read_index", "read_json"]
