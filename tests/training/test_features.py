@@ -181,10 +181,16 @@ def test_stopped_on_the_way(model, processor, media_folder, tmp_path, monkeypatc
 
 
 def test_of_another_tower_or_other_frames(written, model, processor, media_folder, tmp_path):
+    fewer = VisionFeatures(written, MediaReader(processor, media_folder, num_frames=6).settings(model))
+    collator = ConversationCollator(processor, fewer)
     with pytest.raises(ValueError, match="made with video num_frames 384 and it is 6 now"):
-        VisionFeatures(written, MediaReader(processor, media_folder, num_frames=6).settings(model))
+        collator([VIDEO])
+    with pytest.raises(ValueError, match="made with video num_frames 384 and it is 6 now"):
+        collator.require_features([IMAGE, MIXED])
+    assert len(collator([IMAGE, TEXT])["patch_features"]) == 1  # of which the number of frames is no concern
+    slower = VisionFeatures(written, MediaReader(processor, media_folder, fps=1).settings(model))
     with pytest.raises(ValueError, match="made with video fps 2.0 and it is 1 now"):
-        VisionFeatures(written, MediaReader(processor, media_folder, fps=1).settings(model))
+        slower.check_settings("video")
     other = MambaMiaForConditionalGeneration(model.config)
     with pytest.raises(ValueError, match="made with vision_tower 'siglip_vision_model [0-9a-f]{16}' and it is"):
         VisionFeatures(written, MediaReader(processor, media_folder).settings(other))

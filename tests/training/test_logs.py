@@ -35,5 +35,15 @@ def test_steps_without_a_usable_sample_do_not_lower_the_mean_loss(training_folde
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "max_steps": 6}
     one_by_one = losses(run(training_folder, tmp_path / "1", **settings))
     assert len(one_by_one) == 2 and one_by_one[0] == pytest.approx(one_by_one[1])
-    by_three = losses(run(training_folder, tmp_path / "3", logging_steps=3, **settings))
-    assert by_three == [pytest.approx(one_by_one[0])]
+    trainer = run(training_folder, tmp_path / "3", logging_steps=3, **settings)
+    assert losses(trainer) == [pytest.approx(one_by_one[0])]
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(one_by_one[0])
+    by_four = run(training_folder, tmp_path / "4", logging_steps=4, **settings)
+    assert by_four.state.log_history[-1]["train_loss"] == pytest.approx(one_by_one[0])
+
+
+def test_a_loss_that_is_no_number_ends_the_training(training_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"The loss is (nan|inf) after step|are not finite numbers"):
+        run(
+            training_folder, tmp_path, learning_rate=1e30, max_steps=8, max_grad_norm=0.0, lr_scheduler_type="constant"
+        )

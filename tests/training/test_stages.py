@@ -6,9 +6,10 @@ from peft import PeftModel
 from tiny_model import random_videos, tiny_model
 from torch import Tensor
 from training_runs import losses, parts_that_moved, run
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mambamia_hf.training.stages import STAGES, prepare_model
+from mambamia_hf import MambaMiaProcessor
+from mambamia_hf.training.stages import STAGES, marks_of_turns, prepare_model
 
 
 class TestStages:
@@ -70,9 +71,31 @@ class TestLora:
         moved = {name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, before[name])}
         assert {name for name in moved if "language_model" in name} == {
             name for name in before if "language_model" in name and "_proj.weight" in name
-        }
+        } | {"model.language_model.embed_tokens.weight"}
         ids = torch.tensor([[7, 9, 11, 13]])  # no placeholders
         torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_marks_of_turns_learn(self, training_folder, tmp_path, tied):
+        """A language model that lacked them would keep random numbers for them."""
+        model, folder = training_folder / "model", tmp_path / "lora"
+        if tied:
+            base = AutoModelForImageTextToText.from_pretrained(model)
+            base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = True
+            base.tie_weights()
+            base.save_pretrained(tmp_path / "tied")
+            AutoProcessor.from_pretrained(model).save_pretrained(tmp_path / "tied")
+            model = tmp_path / "tied"
+        trainer = run(training_folder, folder, model=model, lora_rank=4, learning_rate=1e-2)
+        base = AutoModelForImageTextToText.from_pretrained(model)
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+        assert isinstance(trainer.processing_class, MambaMiaProcessor)
+        marks = marks_of_turns(trainer.processing_class)
+        assert len(marks) == 4
+        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            moved = (merged.state_dict()[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
+            assert 0 < len(moved) and set(moved) <= set(marks), name
 
     def test_resumes(self, training_folder, tmp_path):
         settings = {"lora_rank": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}

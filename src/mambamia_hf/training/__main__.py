@@ -21,7 +21,7 @@ from .collator import ConversationCollator, reported_samples
 from .logs import MediaLogCallback
 from .media import MediaReader, VisionFeatures
 from .records import open_dataset
-from .stages import prepare_model
+from .stages import marks_of_turns, prepare_model
 
 
 def main(arguments: Sequence[str] | None = None) -> Trainer:
@@ -75,7 +75,7 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
     if isinstance(dataset, list):
         collator.require_features(dataset)  # now rather than after hours
     trainer = Trainer(
-        model=prepare_model(model, stage.stage, stage.lora_rank),
+        model=prepare_model(model, stage.stage, stage.lora_rank, marks_of_turns(processor)),
         args=training,
         train_dataset=dataset,
         data_collator=collator,

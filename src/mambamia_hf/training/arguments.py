@@ -71,6 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[StageArgume
         training.learning_rate = STAGES[stage.stage].learning_rate
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "non_padding"
+    training.logging_nan_inf_filter = False  # it hides that training has failed
     training.remove_unused_columns = False  # the collator needs the records as they are
     training.accelerator_config.dispatch_batches = False  # batches of a stream differ in shape
     return stage, training

@@ -78,6 +78,9 @@ class ConversationCollator:
         self.media = MediaReader(processor) if media is None else media
         self.max_length = max_length
         self.report = report
+        if report is not None and Path(report).is_file() and not Path(report).read_bytes().endswith(b"\n"):
+            with open(report, "a", encoding="utf-8") as file:
+                file.write("\n")  # ends the line within which a run was killed
         self.length_scale = length_scale
         added_tokens = processor.tokenizer.added_tokens_decoder.values()
         self._special_tokens = [token.content for token in added_tokens if token.special]
@@ -199,7 +202,8 @@ class ConversationCollator:
     def _require_features(
         self, features: VisionFeatures, record: dict[str, Any], sources: list[tuple[str, Any]]
     ) -> None:
-        for _, source in sources:
+        for kind, source in sources:
+            features.check_settings(kind)
             if source not in features:
                 raise ValueError(
                     f"There are no features of {media_path(source)!r} of sample {sample_id(record)!r} in "
@@ -292,7 +296,10 @@ def reported_samples(folder: Path) -> dict[str, set[tuple[str, int]]]:
     samples: dict[str, set[tuple[str, int]]] = {"skipped": set(), "cut": set()}
     for file in folder.glob("samples_*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
-            note = json.loads(line)
+            try:
+                note = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a run was killed while it wrote
             samples[note["event"]].add((note["sample"], note["checksum"]))
     return samples
 

@@ -79,6 +79,7 @@ class FeatureFolder:
         self.sizes: dict[str, int | None] = {}
         if (folder / "index.json").is_file():
             done = VisionFeatures(folder, settings)
+            done.check_settings("image", "video")  # all that is in one folder is made alike
             self.shards, self.skipped, self.sizes = done.shards, done.skipped, done.sizes
             self.settings[TIMES] = done.has_times
         self._waiting: dict[str, torch.Tensor] = {}

@@ -28,8 +28,8 @@ TIMES = "video times"
 
 # The settings of a processor that decide how a file becomes pixels.
 _PIXEL_SETTINGS = (
-    "do_sample_frames num_frames fps do_convert_rgb do_resize size resample do_center_crop crop_size do_rescale "
-    "rescale_factor do_normalize image_mean image_std"
+    "do_sample_frames num_frames fps sample_at do_pad do_convert_rgb do_resize size resample do_center_crop crop_size "
+    "do_rescale rescale_factor do_normalize image_mean image_std"
 ).split()
 
 
@@ -144,7 +144,8 @@ class VisionFeatures:
         settings: what the features must have been made with, see [`MediaReader.settings`].
 
     Raises:
-        ValueError: if the folder has no index, or the features were made with other settings.
+        ValueError: if the folder has no index, or the features were made by another vision tower. Asking for images or
+            videos raises it if other settings of theirs were used.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]):
@@ -156,16 +157,32 @@ class VisionFeatures:
                 f"mambamia_hf.training.features`."
             )
         index = json.loads(file.read_text(encoding="utf-8"))
-        for name in settings:
-            if settings[name] != index["settings"].get(name):
-                raise ValueError(
-                    f"The features in '{folder}' were made with {name} {index['settings'].get(name)!r} and it is "
-                    f"{settings[name]!r} now; precompute them again, or use the settings that they were made with."
-                )
+        self._changed: dict[str, tuple[Any, Any]] = {
+            name: (index["settings"].get(name), now)
+            for name, now in settings.items()
+            if now != index["settings"].get(name)
+        }
+        self.check_settings("vision")
         self.has_times: bool = index["settings"].get(TIMES, False)
         self.shards: dict[str, str] = index["shards"]
         self.skipped: dict[str, str] = index["skipped"]
         self.sizes: dict[str, int | None] = index["sizes"]
+
+    def check_settings(self, *kinds: str) -> None:
+        """Checks what the features were made with.
+
+        Args:
+            kinds: first words of settings: `"vision"` for those of all features, `"image"`, `"video"`.
+
+        Raises:
+            ValueError: if a setting is another one now.
+        """
+        for name, (then, now) in self._changed.items():
+            if name.startswith(kinds):
+                raise ValueError(
+                    f"The features in '{self.folder}' were made with {name} {then!r} and it is {now!r} now; "
+                    f"precompute them again, or use the settings that they were made with."
+                )
 
     def __contains__(self, source: Any) -> bool:
         path = whole_path(source)
