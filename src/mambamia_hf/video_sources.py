@@ -179,6 +179,20 @@ def _content_at(address: str, limits: VideoLimits) -> tuple[Iterable[bytes] | No
     return _download(address, name, limits), name
 
 
+def _data(address: str) -> bytes:
+    """The content of a `data:` address."""
+    kind, comma, text = address.partition(",")
+    content = unquote_to_bytes(text)
+    if not kind.endswith(";base64"):
+        return content
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ValueError(
+            f"The video given as '{printable(kind[:80])}{comma}...' is no base64 ({error}): encode the whole file."
+        ) from None
+
+
 def _is_stream(path: str) -> bool:
     """Whether this is a pipe or a device, which can be read only once."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
