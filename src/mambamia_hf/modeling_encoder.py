@@ -18,7 +18,7 @@ from transformers.utils.generic import accepts_precomputed_kwargs
 
 from .checkpoint_files import load_checked
 from .configuration_mambamia import MambaMiaConfig
-from .finite import check_finite, check_result
+from .finite import check_finite, check_result, is_finite
 from .frame_selection import frame_budget, select_frames
 from .messages import without_secrets
 from .modeling_compressor import MambaMiaCompressor
@@ -430,7 +430,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 or a threshold that is out of range, that nothing uses, or that lacks a Δ.
         """
         num_frames = video_lengths(frame_mask, pixel_values_videos, patch_features_videos, video_memories)
-        _check_media(pixel_values_videos=pixel_values_videos, patch_features_videos=patch_features_videos)
+        _check_media(frame_mask, pixel_values_videos=pixel_values_videos, patch_features_videos=patch_features_videos)
         budgets = frame_budgets(num_frames, num_kept_frames, keep_frames, keep_ratio)
         if delta_threshold is not None:  # a budget of every frame leaves it room
             budgets = [0 if k == n else k for k, n in zip(budgets, num_frames, strict=True)]
@@ -613,10 +613,13 @@ def _given_media(**media: Tensor | None) -> Tensor:
     return tensor
 
 
-def _check_media(**media: Tensor | None) -> None:
-    """Raises if a number of the pixels or features is not finite."""
+def _check_media(frame_mask: Tensor | None = None, **media: Tensor | None) -> None:
+    """Raises if a number of the pixels or features is not finite; what stands in the padding is of no concern."""
     for name, tensor in media.items():
-        if tensor is not None:
+        if tensor is not None and not is_finite(tensor):
+            if frame_mask is not None:
+                is_padding = ~frame_mask.to(tensor.device, torch.bool)
+                tensor = tensor.masked_fill(is_padding.view(*is_padding.shape, *[1] * (tensor.ndim - 2)), 0)
             remedy = f"check the pictures, and image_std of the processor; {name} is {_MEDIA_SHAPES[name]}"
             check_finite(name, tensor, remedy)
 
