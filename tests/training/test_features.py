@@ -104,7 +104,7 @@ def test_features_without_times(timed, written, model, processor, media_folder, 
     del index["settings"]["video times"]  # as earlier versions wrote it
     (written / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="made with video times None and it is True now; precompute them again"):
-        VisionFeatures(written, MediaReader(timed[1], media_folder).settings(timed[0]))
+        VisionFeatures(written, MediaReader(timed[1], media_folder).settings(timed[0])).check_settings("video")
     write(model, processor, media_folder, tmp_path, [*RECORDS, record("more", "<video>?", "Yes.", video="b.mp4")])
     made = VisionFeatures(written, MediaReader(processor, media_folder).settings(model))
     assert not made.has_times and made.read("video", "b.mp4").times is None
