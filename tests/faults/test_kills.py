@@ -11,13 +11,12 @@ import torch
 from conversations import record
 from original_checkpoint import Original
 from safetensors.torch import load_file
-from tiny_model import random_videos, tiny_checkpoint, tiny_model
+from tiny_model import tiny_checkpoint
 from video_files import write_video
 
 from mambamia_hf import MambaMiaForConditionalGeneration
 from mambamia_hf.convert.command import main as convert
 from mambamia_hf.training.features import main as precompute
-from mambamia_hf.video_memory import VideoMemory
 
 
 # Writes half of the file that a function writes, and dies.
@@ -79,21 +78,6 @@ def test_converting(tmp_path):
     convert([str(src), str(tmp_path / "dst")])
     MambaMiaForConditionalGeneration.from_pretrained(tmp_path / "dst")
     assert {path.name for path in tmp_path.iterdir()} == {"src", "dst"}
-
-
-def test_saving_a_memory(tmp_path):
-    model = tiny_model()
-    inputs = {"pixel_values_videos": random_videos(1, 4), "video_timestamps": torch.arange(4.0)[None]}
-    model.encode_video(inputs).save(tmp_path / "first.safetensors")
-    path = tmp_path / "memory.safetensors"
-    program = (
-        "from mambamia_hf.video_memory import VideoMemory\n"
-        f"VideoMemory.load({str(tmp_path / 'first.safetensors')!r}).save({str(path)!r})"
-    )
-    run_until_killed("mambamia_hf.video_memory", "save_file", program)
-    assert not path.exists()
-    model.encode_video(inputs).save(path)
-    assert len(VideoMemory.load(path, model)) == 4
 
 
 def test_saving_a_model(tmp_path):
