@@ -1,5 +1,7 @@
 """Where a video comes from: a path, an address, bytes or an open file; in any case a local file while it is read."""
 
+import base64
+import binascii
 import io
 import os
 import sys
@@ -9,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from huggingface_hub.utils import httpx
