@@ -63,6 +63,7 @@ def build(dtype: torch.dtype) -> tuple[MambaMiaForConditionalGeneration, MambaMi
         image_token_id=vocabulary["<|image_pad|>"],
         video_token_id=vocabulary["<|video_pad|>"],
         keep_ratio=0.5,
+        delta_threshold=None,
     )
     model = MambaMiaForConditionalGeneration(config).to(dtype).eval()
     model.generation_config.eos_token_id = None  # all answers are of one length
