@@ -310,7 +310,8 @@ def test_options(section):
             continue
         if section == "Processor":
             parameters = inspect.signature(MambaMiaProcessor.__init__).parameters
-            value = parameters[option].default if option in parameters else getattr(MambaMiaVideoProcessor, option)
+            assert option in parameters or option in MambaMiaVideoProcessor.valid_kwargs.__annotations__
+            value = parameters[option].default if option in parameters else getattr(MambaMiaVideoProcessor, option, 0)
         else:
             value = getattr(config_of(OPTIONS[section]), option)
         with contextlib.suppress(SyntaxError, ValueError):  # a default in words

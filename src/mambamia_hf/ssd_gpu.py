@@ -13,6 +13,7 @@ The gradient computes a segment again and lets autograd go back through it.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ class _Scan(torch.autograd.Function):
         y, kept = torch.empty_like(x, memory_format=torch.contiguous_format), []
         for segment in ctx.segments:
             kept.append(state)
-            parts = (tensor[:, segment] for tensor in (x, delta, B, C))
-            y[:, segment], state = _scan_segment(*parts, A, D, state, chunk_size)
+            x_, delta_, B_, C_ = (tensor[:, segment] for tensor in (x, delta, B, C))
+            y[:, segment], state = _scan_segment(x_, delta_, B_, C_, A, D, state, chunk_size)
         ctx.save_for_backward(x, delta, A, B, C, D, *kept)
         return y, state
 
@@ -87,7 +88,7 @@ class _Scan(torch.autograd.Function):
             parts = [tensor[:, segment] for tensor in (x, delta, B, C)]
             inputs = [tensor.detach().requires_grad_() for tensor in (*parts, A, D, state)]
             with torch.enable_grad():
-                outputs = _scan_segment(*inputs, ctx.chunk_size)
+                outputs = partial(_scan_segment, chunk_size=ctx.chunk_size)(*inputs)
             grads = torch.autograd.grad(outputs, inputs, (grad_y[:, segment], grad_state))
             for whole, grad in zip((grad_x, grad_delta, grad_B, grad_C), grads, strict=False):
                 whole[:, segment] = grad
@@ -123,9 +124,9 @@ def _scan_segment(
     y, last = _scan_gentle(x, delta, B, C, T, L, state)
     steep = (_span(L) > _MAX_BITS).nonzero()[:, 0]
     for heads in steep.split(_STEEP_HEADS) if len(steep) else ():
-        own = (tensor.index_select(3, heads) for tensor in (x, delta, L))
-        shared = (tensor.index_select(2, heads // in_group) for tensor in (B, C, T))
-        steep_y, steep_last = _scan_steep(*own, *shared, state.index_select(1, heads))
+        x_, delta_, L_ = (tensor.index_select(3, heads) for tensor in (x, delta, L))
+        B_, C_, T_ = (tensor.index_select(2, heads // in_group) for tensor in (B, C, T))
+        steep_y, steep_last = _scan_steep(x_, delta_, L_, B_, C_, T_, state.index_select(1, heads))
         y.index_copy_(3, heads, steep_y)
         last.index_copy_(1, heads, steep_last)
     y = y + _Scale.apply(x, D) if torch.is_grad_enabled() else torch.addcmul(y, x, D.unsqueeze(-1), out=y)
