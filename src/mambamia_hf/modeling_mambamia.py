@@ -215,9 +215,8 @@ class MambaMiaModel(MambaMiaEncoderBase):
             video_timestamps (`torch.DoubleTensor` of shape `(num_videos, num_frames)`, *optional*):
                 Times in seconds, as the processor returns them, or a list of numbers for each video. Not used without
                 a `frame_time_format`; where all videos are memories, these have them.
-            pixel_values_videos, frame_mask, num_kept_frames, keep_frames, keep_ratio, delta_threshold,
-                delta_min_frames, vision_feature_layer, vision_batch_size, patch_features_videos, video_memories,
-                kwargs: see [`MambaMiaEncoderBase.get_video_features`].
+            kwargs: further arguments of the vision tower; the others are those of
+                [`MambaMiaEncoderBase.get_video_features`].
 
         Raises:
             ValueError: also if the times are missing or do not fit the videos or the format.
