@@ -510,7 +510,8 @@ class _ImagesAhead(_Images):
         handover.changed.notify_all()
 
     def _is_far_ahead(self, place: int) -> bool:
-        is_stuck = self._handover.is_asked and self._num_waiting == self._num_threads
+        asked = self._handover.asked
+        is_stuck = asked is not None and not self.has_batch(asked) and self._num_waiting == self._num_threads
         return place >= self._num_taken + self._handover.window and not is_stuck
 
     @contextmanager
@@ -540,14 +541,15 @@ class _Handover:
 
     Attributes:
         changed (`threading.Condition`): The lock of everything here and of the frames.
-        is_asked (`bool`): Whether a batch is waited for.
+        asked (`int`, *optional*): The first place of the batch that is waited for.
         is_closed (`bool`): Whether nobody takes frames any more.
     """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size, self.window = batch_size, 2 * batch_size + _FRAMES_AHEAD
         self.changed = threading.Condition()
-        self.is_asked = self.is_closed = self._is_done = False
+        self.asked: int | None = None
+        self.is_closed = self._is_done = False
         self._images: _ImagesAhead | None = None
         self._error: BaseException | None = None
 
@@ -576,10 +578,10 @@ class _Handover:
         images, start = None, 0
         while images is None or start < len(images) or not self._is_done:
             with self.changed:
-                self.is_asked = True
+                self.asked = start
                 self.changed.notify_all()
                 self.changed.wait_for(partial(self._is_ready, images, start))
-                self.is_asked = False
+                self.asked = None
                 if self._error is not None or self._images is None:
                     return
                 if images is not self._images:
