@@ -423,7 +423,7 @@ class TestChat:
     @pytest.mark.parametrize("key", ["video", "path", "url"])
     def test_video_file(self, processor, path, key):
         inputs = self.process(processor, [user({"type": "video", key: path}, text("What?"))])
-        assert set(inputs) == set(processor.model_input_names) - {"pixel_values"}
+        assert set(inputs) == set(processor.model_input_names) - {"pixel_values"} | {"video_timestamps"}
         assert read_numbers(inputs["pixel_values_videos"][0] * 127.5 + 127.5) == [2, 7, 12, 17, 22, 27, 32, 37]
         assert video_tokens(processor, inputs) == [8 * ANCHORS]
 
@@ -527,8 +527,9 @@ class TestSaving:
             "pixel_values_videos",
             "frame_mask",
             "num_kept_frames",
-            "video_timestamps",
         }
+        with_times = make_processor(frame_time_format="mm:ss")
+        assert set(with_times.model_input_names) == {*processor.model_input_names, "video_timestamps"}
 
     def test_tokenizer_without_the_tokens(self):
         tokenizer = tiny_tokenizer(special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])

@@ -907,7 +907,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
     def _mask_of_padding(
         self, prompt: Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The mask of a prompt that came without one, as Transformers infers it: 0 for padding, None without any."""
+        """The mask of a prompt that came without one, as Transformers infers it: 0 for the padding before it, None
+        without any. The same token further on is one that a model wrote in a dialogue."""
 
         def setting(name: str) -> Any:
             given = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
@@ -915,9 +916,9 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
         padding, end = setting("pad_token_id"), setting("eos_token_id")
         ends = end if isinstance(end, list) else [end]
-        if padding is None or padding in ends or not (prompt == padding).any():
+        if padding is None or padding in ends or not (prompt[:, 0] == padding).any():
             return None
-        return (prompt != padding).long()
+        return (prompt != padding).long().cummax(dim=1).values
 
     @staticmethod
     def _drop_as_cached(

@@ -167,9 +167,16 @@ class MambaMiaProcessor(ProcessorMixin):
             frame_time_format=config.frame_time_format,
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> TimedBatch:
+    def __call__(
+        self,
+        images: Any = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> TimedBatch:
         """As any processor's; see [`MambaMiaVideoProcessor.preprocess`] for what it returns of videos."""
-        return TimedBatch(super().__call__(*args, **kwargs))
+        return TimedBatch(super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs))
 
     @property
     def placeholders_per_frame(self) -> int:
@@ -220,7 +227,10 @@ class MambaMiaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "num_kept_frames"]
+        names = [*super().model_input_names, "num_kept_frames"]
+        if self.frame_time_format is None:  # times are returned where they are known, and not needed
+            names.remove("video_timestamps")
+        return names
 
     def apply_chat_template(  # type: ignore[override]  # the other arguments by name
         self,

@@ -223,7 +223,6 @@ def test_temporal_layers_under_unknown_names(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
-        ("image_aspect_ratio", "pad"),
         ("image_aspect_ratio", "anyres"),
         ("mm_patch_merge_type", "spatial_unpad"),
         ("mm_patch_merge_type", "flat_video_frame_with_end_token_and_avepool2_zigzag"),
