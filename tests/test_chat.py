@@ -251,8 +251,12 @@ def test_pieces_are_the_answer(qwen2):
 @pytest.mark.parametrize("stop", ["close", "interrupt"])
 def test_a_cut_answer_is_what_is_remembered(any_model, stop):
     chat = new_chat(any_model)
-    whole = new_chat(any_model).ask(QUESTIONS[0])
-    pieces = chat.stream(QUESTIONS[0])
+    written = {question: list(new_chat(any_model).stream(question)) for question in QUESTIONS}
+    question = max(written, key=lambda question: len(written[question]))
+    if len(written[question]) < 3:
+        pytest.skip("this untrained model writes parts of characters")
+    whole = "".join(written[question])
+    pieces = chat.stream(question)
     cut = next(pieces) + next(pieces)
     if stop == "close":
         pieces.close()
