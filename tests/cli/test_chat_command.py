@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 
@@ -110,8 +111,9 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """What is shown up to a text, that text included."""
         while text not in self.shown:
+            ready, _, _ = select.select([self.screen], [], [], 120)
             try:
-                part = os.read(self.screen, 4096)
+                part = os.read(self.screen, 4096) if ready else b""
             except OSError:
                 part = b""
             assert part, self.shown
