@@ -228,7 +228,7 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         Returns:
             `(num_frames, tokens_per_frame, text_hidden_size)`.
         """
-        tokens = self.compressor(anchors=self._for_compressor(anchors), return_dict=True).last_hidden_state
+        tokens = self.compressor(None, anchors=self._for_compressor(anchors), return_dict=True).last_hidden_state
         check_result("The tokens of the frames", tokens, self)
         if self.end_of_frame is not None:
             tokens = torch.cat([tokens, self.end_of_frame.to(tokens).expand(len(tokens), 1, -1)], dim=1)
