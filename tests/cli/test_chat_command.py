@@ -111,35 +111,46 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """What is shown up to a text, that text included."""
         while text not in self.shown:
-            ready, _, _ = select.select([self.screen], [], [], 120)
-            try:
-                part = os.read(self.screen, 4096) if ready else b""
-            except OSError:
-                part = b""
-            assert part, self.shown
-            self.shown += part.decode(errors="replace")
+            assert self._is_ready(120), self.shown
+            self._read()
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def interrupt_until(self, text: str) -> None:
+        """Ctrl-C until a text is shown: Python overlooks one that comes just before `input` begins to wait."""
+        while text not in self.shown:
+            self.interrupt()
+            if self._is_ready(5):
+                self._read()
+        self.wait_for(text)
+
+    def _is_ready(self, seconds: float) -> bool:
+        return bool(select.select([self.screen], [], [], seconds)[0])
+
+    def _read(self) -> None:
+        self.shown += os.read(self.screen, 4096).decode(errors="replace")
+
 
 def test_on_a_terminal(checkpoint, video, answers):
     """Ctrl-C stops an answer and the conversation goes on, up calls back what was asked, Ctrl-D leaves."""
-    terminal = Terminal("chat", video, "--model", checkpoint[0], "--max-new-tokens", "200")
+    terminal = Terminal("chat", video, "--model", checkpoint[0], "--max-new-tokens", "300")
     assert "frames are read; ask, or see /help." in terminal.wait_for("> ")
     terminal.type(f"{QUESTIONS[0]}\n")
     terminal.wait_for(f"{QUESTIONS[0]}\r\n")
     os.read(terminal.screen, 1)  # the first piece
-    os.killpg(terminal.process.pid, signal.SIGINT)
+    terminal.interrupt()
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
     terminal.type("\x1b[A\n")  # the last line again
     shown = terminal.wait_for("\n> ")
     assert QUESTIONS[0] in shown and "error" not in shown
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    terminal.wait_for("(Ctrl-D leaves)")
+    terminal.interrupt_until("(Ctrl-D leaves)")
     terminal.wait_for("> ")
     terminal.type("/budget 99\n")
     terminal.wait_for("the memory has 16 frames")

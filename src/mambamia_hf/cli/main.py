@@ -249,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
+        # What was half built may complain as it is thrown away; that says nothing to who asked to stop.
+        sys.unraisablehook = lambda _: None
         say("interrupted")
         return 130
 
