@@ -45,11 +45,12 @@ def test_threads_share_a_reader(tmp_path):
 def test_copies_after_use(model):
     arguments = {"pixel_values_videos": VIDEOS, "max_new_tokens": 4, "do_sample": False}
     expected = model.generate(IDS, **arguments)
-    other = copy.deepcopy(model)
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(other.generate(IDS, **arguments), expected)
+    for other in others:
+        assert torch.equal(other.generate(IDS, **arguments), expected)
     with torch.no_grad():
         output = other(input_ids=IDS, pixel_values_videos=VIDEOS)
     for again in (copy.deepcopy(output), pickle.loads(pickle.dumps(output))):

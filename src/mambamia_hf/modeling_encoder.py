@@ -24,6 +24,7 @@ from .messages import without_secrets
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
+from .vision_tower import tower_until
 
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         tower, num_patches = self.vision_tower, math.prod(self.config.patch_grid(*frames.shape[-2:]))
         if output_hidden_states is None:
             output_hidden_states = tower.config.output_hidden_states
+        all_layers = output_hidden_states or kwargs or tower.config.output_attentions or torch.compiler.is_compiling()
+        view = None if all_layers else tower_until(tower, layer)
         # Activation checkpointing would make the embeddings of a frozen tower require gradients.
         learns = frames.requires_grad or not self.vision_tower_is_frozen
         features: list[Tensor] = []
@@ -172,8 +175,12 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
                 batch = batch.to(tower.device)
             pixel_values, shape = self._tower_inputs(batch.to(tower.dtype))
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
-            patches = outputs.hidden_states[layer]
+                if view is not None:
+                    outputs = view(pixel_values, return_dict=True, **shape)
+                    patches = outputs.last_hidden_state
+                else:
+                    outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **shape, **kwargs)
+                    patches = outputs.hidden_states[layer]
             if patches.ndim == 4:  # a feature map of ConvNeXt or ResNet
                 patches = patches.flatten(2).mT
             elif self.config.vision_feature_norm:
