@@ -5,8 +5,7 @@ import time
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from copy import copy
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ from .chat import VideoChat
 from .inputs import check_checkpoint, check_part, check_video, is_memory
 from .messages import without_secrets
 from .video_decoding import VideoReader
-from .video_memory import VideoMemory, describe_images, describe_sampling
-from .video_sampling import FrameFolder, open_video, sample_part
+from .video_memory import VideoMemory, describe_images
+from .video_sampling import FrameFolder, SampledVideo, open_video
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Answer:
         kept_times: the timestamps of these.
         frame_deltas: Δ of each sampled frame; None for a model without a temporal layer.
         video_tokens: how many tokens of the video the language model read.
-        seconds: how long decode, vision and compress took, once per video, and generate.
+        seconds: how long decode, vision and compress took, once per video, and generate. Frames are decoded while
+            others go through the vision tower; decode is what that waited for, and the opening of the file.
         evidence: where asked for, the frames that question and answer attended to most; see `VideoChat.evidence`.
     """
 
@@ -211,39 +211,27 @@ def encode_video(
     place = find_device(device)
     processor = load_processor(checkpoint)
     watch = _Stopwatch(place)
-    video_processor = processor.video_processor
-    reader = open_video(video, video_processor, fps, seek_mode)
-    indices = sample_part(video_processor, num_frames, fps, start, end, reader.metadata)
-    batch = reader.frames_at(indices, video_processor.frame_transform(), progress)
-    metadata = copy(reader.metadata)
-    metadata.frames_indices = batch.indices
-    inputs = processor(videos=[batch.data], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
-    watch.lap("decode")
+    with ExitStack() as opened:
+        reader = opened.enter_context(closing(open_video(video, processor.video_processor, fps, seek_mode)))
+        sampling: Any = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "seek_mode": seek_mode}
+        sampled = SampledVideo(reader, processor.video_processor, name=without_secrets(video), **sampling)
+        watch.lap("decode")
 
-    model = load_model(checkpoint, place, dtype)
-    watch.restart()
-    with tqdm(total=len(indices), desc="Looking at the frames", unit="frame", disable=not progress) as bar:
+        model = load_model(checkpoint, place, dtype)
+        watch.restart()
+        with tqdm(total=len(sampled), desc="Looking at the frames", unit="frame", disable=not progress) as bar:
 
-        def advance(done: int, total: int) -> None:
-            bar.update(done - bar.n)
-            if done == total:
+            def advance(done: int, total: int) -> None:
+                bar.update(done - bar.n)
                 watch.lap("vision")
 
-        memory = model.encode_video(inputs, processor, progress=advance)
-    sampling = describe_sampling(num_frames, fps, start, end, seek_mode)
-    memory = VideoMemory(
-        memory.anchors,
-        memory.frame_deltas,
-        [round(time, 6) for time in batch.timestamps],  # no container knows them better
-        {**memory.fingerprint, "sampling": sampling},
-        name=without_secrets(video),
-        width=metadata.width,
-        height=metadata.height,
-        duration=float(metadata.duration),
-    )
-    chat = VideoChat(model, processor, memory, **selection, max_new_tokens=max_new_tokens)
-    watch.lap("compress")
-    return EncodedVideo(without_secrets(video), checkpoint, reader, chat, batch.indices, watch.seconds)
+            memory = model.encode_video(sampled, progress=advance)
+        watch.move(sampled.seconds_waited, "vision", "decode")
+        chat = VideoChat(model, processor, memory, **selection, max_new_tokens=max_new_tokens)
+        watch.lap("compress")
+        indices = sampled.numbers[sampled.numbers >= 0].tolist()
+        opened.pop_all()  # from here on whoever has the result closes the reader
+    return EncodedVideo(sampled.name, checkpoint, reader, chat, indices, watch.seconds)
 
 
 def ask(
@@ -419,8 +407,16 @@ class _Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
-        self.seconds[stage] = round(now - self.start, 6)
+        self._add(stage, now - self.start)
         self.start = now
+
+    def move(self, seconds: float, stage: str, other: str) -> None:
+        """Counts a part of one stage as part of another."""
+        self._add(stage, -seconds)
+        self._add(other, seconds)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 6)
 
 
 __all__ = ["Answer", "EncodedVideo", "ask", "encode_video", "load_checkpoint"]
