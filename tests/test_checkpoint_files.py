@@ -73,6 +73,11 @@ class TestWeights:
         file.write_bytes(file.read_bytes()[:-1000])
         check_sentence(checkpoint, "weights file of .* is damaged", OSError)
 
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, torch.float8_e4m3fn])
+    def test_types(self, checkpoint, dtype):
+        change_weights(checkpoint, model__compressor__anchor=torch.ones(40).to(dtype))
+        check_sentence(checkpoint, r"model\.safetensors holds model\.compressor\.anchor \(")
+
     def test_missing(self, checkpoint):
         change_weights(checkpoint, model__compressor__anchor=None)
         with pytest.raises(ValueError, match=r"lacks weights of the model: model\.compressor\.anchor"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 
 # Settings that count layers; 1,000 are several times those of the deepest models.
@@ -22,6 +22,8 @@ _SIZES = (
 ).split()
 _MAX_SIZE = 10**8
 
+# Types of weights that are not quantised, as safetensors calls them.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # So many weights are named in a message.
 _MAX_NAMED = 5
 
@@ -88,14 +90,28 @@ def read_index(index: Path) -> dict[str, Path]:
     return {tensor: index.parent / file for tensor, file in weight_map.items()}
 
 
-def check_indexes(folder: str | os.PathLike[str]) -> None:
-    """Checks the indexes of the weights in a local folder; anything else is left to who loads it.
+def check_weights_files(folder: str | os.PathLike[str], quantized: bool = False) -> None:
+    """Checks the indexes and the types of the weights in a local folder; anything else is left to who loads it.
+
+    Args:
+        folder: of the checkpoint.
+        quantized: whether weights may be of any type, as those of a quantised model are.
 
     Raises:
-        ValueError: as `read_index` does.
+        ValueError: as `read_index` does, and for weights that are no real numbers, which Transformers would convert.
+        SafetensorError: if a weights file is damaged.
     """
     for index in sorted(Path(folder).glob("*.index.json")):
         read_index(index)
+    config = Path(folder, "config.json")
+    if quantized or (config.is_file() and read_json(config).get("quantization_config")):
+        return
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            types = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+        wrong = [f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS]
+        if wrong:
+            raise ValueError(f"Weights have to be {', '.join(_FLOATS)}; {file} holds {_listed(wrong)}.")
 
 
 def load_checked(
@@ -112,14 +128,16 @@ def load_checked(
         args, ignore_mismatched_sizes, output_loading_info, kwargs: as in Transformers.
 
     Raises:
-        ValueError: if an index names files outside its folder or that are not there.
+        ValueError: if an index names files outside its folder or that are not there, or if weights are integers or
+            complex.
         OSError: if a weights file is damaged.
         RuntimeError: if weights have another shape than the configuration asks for.
     """
     name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    if name is not None:
-        check_indexes(Path(name, kwargs.get("subfolder") or ""))
     try:
+        if name is not None:
+            quantized = kwargs.get("quantization_config") is not None
+            check_weights_files(Path(name, kwargs.get("subfolder") or ""), quantized)
         model, report = load(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise OSError(f"A weights file of {name} is damaged ({error}); copy or download it again.") from error
@@ -127,12 +145,16 @@ def load_checked(
         weights = [
             f"{key} ({tuple(found)}, not {tuple(own)})" for key, found, own in sorted(report["mismatched_keys"])
         ]
-        more = f" and {len(weights) - _MAX_NAMED} more" if len(weights) > _MAX_NAMED else ""
         raise RuntimeError(
-            f"Weights of {name} have other shapes than its configuration asks for: "
-            f"{', '.join(weights[:_MAX_NAMED])}{more}; use the configuration that they were saved with."
+            f"Weights of {name} have other shapes than its configuration asks for: {_listed(weights)}; use the "
+            f"configuration that they were saved with."
         )
     return (model, report) if output_loading_info else model
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def _stays_inside(name: str) -> bool:
@@ -140,4 +162,4 @@ def _stays_inside(name: str) -> bool:
     return name.isprintable() and not any(path.anchor or ".." in path.parts for path in paths)
 
 
-__all__ = ["check_indexes", "check_sizes", "explained", "load_checked", "read_index", "read_json"]
+__all__ = ["check_sizes", "check_weights_files", "explained", "load_checked", "read_index", "read_json"]

@@ -97,6 +97,19 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, so that construction raises the ValueError itself
 
+    @classmethod
+    def for_language_model(cls, text_config: PreTrainedConfig, **settings: Any) -> "MambaMiaCompressorConfig":
+        """A new compressor as wide as a language model, rounded to whole heads, and at most as wide as the paper's.
+
+        Args:
+            text_config: of the language model.
+            settings: of the compressor, in place of those that follow from the language model.
+        """
+        head_dim, expand = settings.get("head_dim", cls.head_dim), settings.get("expand", cls.expand)
+        step = head_dim // math.gcd(head_dim, expand)
+        width = max(min(text_config.hidden_size, cls.hidden_size) // step, 1) * step
+        return cls(**{"patches_per_anchor": 1, "hidden_size": width, **settings})
+
     @property
     def intermediate_size(self) -> int:
         return self.expand * self.hidden_size

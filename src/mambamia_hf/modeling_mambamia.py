@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedConfig,
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
@@ -57,6 +56,9 @@ from .versions import CACHE_NAME, take_cache
 from .video_memory import VideoMemory
 from .video_stream import VideoStream
 
+
+if TYPE_CHECKING:
+    from .video_sampling import SampledVideo
 
 # Seconds `(num_videos, num_frames)`; numbers in lists stay exact where tensors are cast to the type of the weights.
 Timestamps: TypeAlias = Tensor | Sequence[Sequence[float]]
@@ -625,7 +627,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         config = MambaMiaConfig(
             vision_config=tower.config,
             text_config=language_model.config,
-            compressor_config=_compressor_between(language_model.config, compressor_kwargs),
+            compressor_config=MambaMiaCompressorConfig.for_language_model(language_model.config, **compressor_kwargs),
             image_token_id=vocabulary["<|image_pad|>"],
             video_token_id=vocabulary["<|video_pad|>"],
             frame_time_format=frame_time_format,
@@ -677,7 +679,10 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         return self.model.get_video_features(pixel_values_videos, **kwargs)
 
     def encode_video(
-        self, video: str | os.PathLike[str] | Mapping[str, Any], processor: Any = None, **kwargs: Any
+        self,
+        video: "str | os.PathLike[str] | Mapping[str, Any] | SampledVideo",
+        processor: Any = None,
+        **kwargs: Any,
     ) -> VideoMemory:
         """See [`MambaMiaEncoderBase.encode_video`]."""
         return self.model.encode_video(video, processor, **kwargs)
@@ -979,15 +984,6 @@ _MEDIA_ARGUMENTS = (
     "vision_feature_layer",
     "vision_batch_size",
 )
-
-
-def _compressor_between(text: PreTrainedConfig, settings: dict[str, Any]) -> MambaMiaCompressorConfig:
-    """A compressor of the language model's width, rounded to whole heads, where no other is given."""
-    own = MambaMiaCompressorConfig
-    head_dim, expand = settings.get("head_dim", own.head_dim), settings.get("expand", own.expand)
-    step = head_dim // math.gcd(head_dim, expand)
-    width = max(min(text.hidden_size, own.hidden_size) // step, 1) * step
-    return MambaMiaCompressorConfig(**{"patches_per_anchor": 1, "hidden_size": width, **settings})
 
 
 def _positions_of(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

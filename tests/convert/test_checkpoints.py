@@ -163,13 +163,51 @@ def test_end_of_frame_vector(tmp_path):
     assert torch.equal(weights(tmp_path / "back")["model.image_newframe"], torch.arange(48.0))
 
 
-def test_projector_of_another_kind(tmp_path):
+@pytest.fixture
+def image_model() -> Original:
+    """LLaVA's model of images, with which the paper's recipe begins: an MLP in the compressor's place."""
     original = Original()
     original.tensors = {name: tensor for name, tensor in original.tensors.items() if "mm_projector" not in name}
-    original.tensors["model.mm_projector.0.weight"] = torch.zeros(32, 32)
+    original.tensors |= {f"model.mm_projector.{layer}.weight": torch.zeros(48, 24 * layer or 24) for layer in (0, 2)}
+    original.tensors |= {f"model.mm_projector.{layer}.bias": torch.zeros(48) for layer in (0, 2)}
     original.config["mm_projector_type"] = "mlp2x_gelu"
-    with pytest.raises(ValueError, match="mm_projector_type='mlp2x_gelu'.*lacks the tensors input_proj.weight"):
-        convert_from_original(original.write(tmp_path / "src"), tmp_path / "dst")
+    return original
+
+
+def test_projector_of_another_kind(tmp_path, image_model):
+    message = "mm_projector_type='mlp2x_gelu'.*lacks the tensors input_proj.weight.*convert with --new-compressor"
+    with pytest.raises(ValueError, match=message):
+        convert_from_original(image_model.write(tmp_path / "src"), tmp_path / "dst")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_compressor_in_an_image_model(tmp_path, image_model, dtype, caplog):
+    image_model.tensors = {name: tensor.to(dtype) for name, tensor in image_model.tensors.items()}
+    image_model.config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    convert_from_original(image_model.write(tmp_path / "src"), tmp_path / "dst", new_compressor=True)
+    assert "Left out 4 tensors: model.mm_projector.0.bias" in caplog.text
+    model = load(tmp_path / "dst")
+    expected = image_model.model().to(dtype)
+    for part in ("model.vision_tower", "model.language_model", "lm_head"):
+        found = model.get_submodule(part).state_dict()
+        assert all(
+            torch.equal(found[name], tensor) for name, tensor in expected.get_submodule(part).state_dict().items()
+        )
+    compressor = model.model.compressor
+    config = compressor.config
+    assert (config.input_size, config.hidden_size, config.output_size, config.patches_per_anchor) == (24, 32, 48, 4)
+    assert config.num_temporal_layers and config.initialization == "released"
+    heads = torch.arange(1, config.num_heads + 1)
+    torch.testing.assert_close(
+        compressor.layers[0].mixer.forward_ssm.A_log.float().exp(), heads.float(), rtol=1e-2, atol=0
+    )
+    assert model.dtype == compressor.dtype == dtype and logits(model.float()).isfinite().all()
+
+
+def test_new_compressor_where_there_is_one(tmp_path):
+    with pytest.raises(ValueError, match="has no MLP under model.mm_projector"):
+        convert_from_original(Original().write(tmp_path / "src"), tmp_path / "dst", new_compressor=True)
+    assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def test_what_is_ignored_is_listed(tmp_path, capsys, caplog):
     assert "Left out 2 tensors: model.audio_tower.conv1.weight, model.audio_tower.conv2.weight." in caplog.text
 
 
-def test_ignoring_is_refused_in_reverse(tmp_path, capsys):
+@pytest.mark.parametrize("option", [["--ignore", "a"], ["--new-compressor"]])
+def test_what_is_refused_in_reverse(tmp_path, capsys, option):
     with pytest.raises(SystemExit) as exit:
-        main(["--reverse", "--ignore", "a", "--", str(tmp_path), str(tmp_path / "dst")])
-    assert exit.value.code == 2 and "--ignore applies to" in capsys.readouterr().err
+        main(["--reverse", *option, "--", str(tmp_path), str(tmp_path / "dst")])
+    assert exit.value.code == 2 and f"{option[0]} applies to" in capsys.readouterr().err

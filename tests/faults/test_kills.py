@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_model import tiny_checkpoint
 from video_files import write_video
 
-from mambamia_hf import MambaMiaForConditionalGeneration
+from mambamia_hf import MambaMiaForConditionalGeneration, VideoMemory
+from mambamia_hf.cli.main import main as mambamia
 from mambamia_hf.convert.command import main as convert
 from mambamia_hf.training.features import main as precompute
 
@@ -91,6 +92,31 @@ def test_saving_a_model(tmp_path):
     run_until_killed("transformers.modeling_utils", "safe_save_file", program)
     with pytest.raises(OSError, match="is damaged"):
         MambaMiaForConditionalGeneration.from_pretrained(tmp_path / "copy")
+
+
+def test_encoding(tmp_path, capfd):
+    """The memory that is there stays whole, and the next run goes on."""
+    tiny_checkpoint(tmp_path / "model")
+    videos = [str(write_video(tmp_path / f"{number}.mp4", num_frames=10 + number)) for number in range(3)]
+    arguments = [
+        "encode",
+        *videos,
+        "--model",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "memories"),
+        "--fps",
+        "10",
+    ]
+    program = f"from mambamia_hf.cli.main import main; main({arguments!r})"
+    run_until_killed("mambamia_hf.video_memory", "save_file", program, times=2)
+    (left,) = (tmp_path / "memories").glob("*.safetensors")
+    assert len(VideoMemory.load(left)) == 10
+    assert mambamia(arguments) == 0
+    assert "0.mp4.safetensors is there already" in capfd.readouterr().err
+    names = {path.name for path in (tmp_path / "memories").glob("*.safetensors")}
+    assert names == {f"{number}.mp4.safetensors" for number in range(3)}
+    assert [len(VideoMemory.load(tmp_path / "memories" / name)) for name in sorted(names)] == [10, 11, 12]
 
 
 def test_drawing(tmp_path):

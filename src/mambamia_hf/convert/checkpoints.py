@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..checkpoint_files import explained, read_json
 from ..configuration_mambamia import MambaMiaConfig
 from ..files import atomic_folder
+from ..modeling_compressor import MambaMiaCompressor
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
 from .compressor import EXPECTED_TENSORS, compressor_from_original
 from .configurations import (
@@ -38,6 +40,7 @@ from .names import (
     is_buffer,
     is_empty_embedding,
     is_lone_compressor,
+    is_mlp,
     listing,
     matching,
     original_name,
@@ -55,7 +58,11 @@ _logger = logging.getLogger(__name__)
 
 
 def convert_from_original(
-    src: str | Path, dst: str | Path, max_shard_size: int = MAX_SHARD_SIZE, ignore: Sequence[str] = ()
+    src: str | Path,
+    dst: str | Path,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    ignore: Sequence[str] = (),
+    new_compressor: bool = False,
 ) -> Path:
     """Writes a LLaVA-layout checkpoint as one that `MambaMiaForConditionalGeneration.from_pretrained` loads.
 
@@ -68,6 +75,8 @@ def convert_from_original(
         dst: folder to write, which must be new or empty; its parents are created.
         max_shard_size: largest size of a weights file to write, in bytes.
         ignore: shell-style patterns of names; tensors that match one are left out, and listed in a warning.
+        new_compressor: whether to put a new compressor, to be trained, in the place of an MLP (`mlp2x_gelu`), with
+            which the paper's recipe starts. It is initialised as the released code does; torch's seed decides.
 
     Returns:
         `dst`.
@@ -82,11 +91,14 @@ def convert_from_original(
     weights = read_weights(folder)
     for name in _left_out(weights, ignore):
         del weights[name]
-    if is_lone_compressor(weights):
+    if new_compressor:
+        for name in _left_out(weights, _mlp(folder, weights)):
+            del weights[name]
+    elif is_lone_compressor(weights):
         return _convert_compressor(source, weights, dst, max_shard_size)
     if not source:
         raise ValueError(f"{config_file} is missing or empty; a whole checkpoint needs its configuration.")
-    return _convert_model(folder, source, weights, dst, max_shard_size)
+    return _convert_model(folder, source, weights, dst, max_shard_size, new_compressor)
 
 
 def convert_to_original(src: str | Path, dst: str | Path, max_shard_size: int = MAX_SHARD_SIZE) -> Path:
@@ -141,12 +153,17 @@ def convert_to_original(src: str | Path, dst: str | Path, max_shard_size: int = 
 
 
 def _convert_model(
-    folder: Path, source: Settings, weights: Mapping[str, StoredTensor], dst: str | Path, max_shard_size: int
+    folder: Path,
+    source: Settings,
+    weights: Mapping[str, StoredTensor],
+    dst: str | Path,
+    max_shard_size: int,
+    new_compressor: bool,
 ) -> Path:
     shapes = _shapes(weights)
     projector, tower = projector_prefix(weights), tower_prefix(weights)
     try:
-        config = config_from_original(folder, source, shapes, projector, tower)
+        config = config_from_original(folder, source, shapes, projector, tower, new_compressor)
     except ValueError as error:
         raise ValueError(f"{error}{_hint_at_lone_compressor(source, weights)}") from error
     tokenizer = load_tokenizer(folder, config)
@@ -158,7 +175,7 @@ def _convert_model(
     expected = {name: tuple(model.state_dict()[new].shape) for name, new in ours.items()}
     kept = {name: tensor for name, tensor in weights.items() if not _is_computed(name, tensor.shape)}
     _check_buffers({name: tensor for name, tensor in weights.items() if is_buffer(name)}, config)
-    made = _identities(config, kept, projector)
+    made = _new_compressor(config, projector) if new_compressor else _identities(config, kept, projector)
     unknown = kept.keys() - expected.keys()
     hint = f"Names are those of released checkpoints. {EXPECTED_TENSORS}"
     if not any(name.startswith(projector) for name in unknown):
@@ -172,7 +189,10 @@ def _convert_model(
 
     # Without an entry in config.json, what most tensors are; the model's type goes into the new config.json.
     (most_common, _), *_ = Counter(tensor.dtype for tensor in kept.values()).most_common(1)
-    model.to(config.dtype or DTYPES[most_common])  # type: ignore[arg-type]  # wrapped without its signature
+    dtype: Any = config.dtype or DTYPES[most_common]
+    model.to(dtype)
+    if new_compressor:
+        made = {name: tensor.to(dtype) for name, tensor in made.items()}
     with atomic_folder(dst) as written:
         model.save_pretrained(written, state_dict={})  # everything but the weights
         renamed: dict[str, StoredTensor | Tensor] = {ours[name]: tensor for name, tensor in kept.items()}
@@ -224,6 +244,21 @@ def _meta_model(config: MambaMiaConfig) -> MambaMiaForConditionalGeneration:
     """The model without memory for its weights, for their names and shapes."""
     with explained("The configuration describes no model that can be built"), torch.device("meta"):
         return MambaMiaForConditionalGeneration(config)
+
+
+def _mlp(folder: Path, weights: Mapping[str, StoredTensor]) -> list[str]:
+    """The tensors of the MLP in the place of a compressor."""
+    projector = PROJECTORS[0]
+    names = [name for name in weights if name.startswith(projector)]
+    if not is_mlp([name.removeprefix(projector) for name in names]):
+        raise ValueError(f"{folder} has no MLP under {projector} that a new compressor could replace.")
+    return names
+
+
+def _new_compressor(config: MambaMiaConfig, projector: str) -> dict[str, Tensor]:
+    """A compressor as the released code initialises it, under its original names."""
+    tensors = MambaMiaCompressor(parts(config)[1]).state_dict()
+    return {original_name(f"model.compressor.{name}", projector): tensor for name, tensor in tensors.items()}
 
 
 def _identities(config: MambaMiaConfig, weights: Mapping[str, StoredTensor], projector: str) -> dict[str, Tensor]:

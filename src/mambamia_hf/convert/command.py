@@ -30,14 +30,20 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         help="leave out tensors with such names, as in 'model.audio_tower.*'",
     )
+    parser.add_argument(
+        "--new-compressor",
+        action="store_true",
+        help="put a new compressor, to be trained, in the place of an image model's MLP (mlp2x_gelu)",
+    )
     args = parser.parse_args(arguments)
-    if args.reverse and args.ignore:
-        parser.error("--ignore applies to checkpoints in LLaVA's layout; leave it out with --reverse.")
+    if args.reverse and (args.ignore or args.new_compressor):
+        option = "--ignore" if args.ignore else "--new-compressor"
+        parser.error(f"{option} applies to checkpoints in LLaVA's layout; leave it out with --reverse.")
     try:
         if args.reverse:
             written = convert_to_original(args.src, args.dst)
         else:
-            written = convert_from_original(args.src, args.dst, ignore=args.ignore)
+            written = convert_from_original(args.src, args.dst, ignore=args.ignore, new_compressor=args.new_compressor)
         print(f"Wrote {written}.")
         if args.push_to_hub:
             api = HfApi()

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..checkpoint_files import explained, read_json
 from ..configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
-from .names import Shape, numbered
+from .names import Shape, is_mlp, numbered
 from .weights import DTYPES
 
 
@@ -225,7 +225,12 @@ def check_layer_counts(config: Settings, num_tensors: int) -> None:
 
 
 def config_from_original(
-    src: Path, source: Settings, shapes: Mapping[str, Shape], projector: str, tower: str
+    src: Path,
+    source: Settings,
+    shapes: Mapping[str, Shape],
+    projector: str,
+    tower: str,
+    new_compressor: bool = False,
 ) -> MambaMiaConfig:
     """Our configuration of a checkpoint in the original layout.
 
@@ -235,6 +240,7 @@ def config_from_original(
         shapes: shapes of its tensors.
         projector: prefix of the compressor's tensors.
         tower: prefix of the vision tower's tensors.
+        new_compressor: whether the compressor is not among the tensors and begins as the released code's does.
 
     Raises:
         ValueError: if an entry is missing, absurd, contradicts the tensors or asks for something MambaMia does not do.
@@ -245,24 +251,22 @@ def config_from_original(
     vision_config = _vision_config(src, source["mm_vision_tower"], len(shapes))
     if vision_config.model_type.startswith("siglip"):
         vision_config.vision_use_head = any(name.startswith(f"{tower}head.") for name in shapes)
-    compressor = {name.removeprefix(projector): shape for name, shape in shapes.items() if name.startswith(projector)}
-    try:
-        config = compressor_config(compressor, **untold_sizes(source))
-    except ValueError as error:
-        raise ValueError(
-            f"No compressor can be built from the tensors under {projector} (mm_projector_type="
-            f"{source.get('mm_projector_type')!r}): {error}"
-        ) from error
+    text_config = _text_config(source)
+    if new_compressor:
+        config = MambaMiaCompressorConfig.for_language_model(text_config, initialization="released")
+        config.input_size = vision_config.hidden_size
+    else:
+        config = _compressor_config(source, shapes, projector)
     if source.get("mm_hidden_size") not in (None, config.input_size):
         raise ValueError(
-            f"mm_hidden_size={source['mm_hidden_size']} disagrees with the compressor under {projector}, which takes "
-            f"features of {config.input_size}."
+            f"mm_hidden_size={source['mm_hidden_size']} disagrees with the compressor, which takes features of "
+            f"{config.input_size}."
         )
     vision_feature = _vision_feature(source, vision_config, numbered(shapes, f"{tower}encoder.layers."))
     with explained(f"{src / 'config.json'} describes no model that can be built"):
-        return MambaMiaConfig(
+        converted = MambaMiaConfig(
             vision_config=vision_config,
-            text_config=_text_config(source),
+            text_config=text_config,
             compressor_config=config,
             delta_threshold=None,
             end_of_frame=_end_of_frame(source, shapes),
@@ -270,6 +274,9 @@ def config_from_original(
             **vision_feature,
             **{key: source[key] for key in ("image_token_id", "video_token_id") if key in source},
         )
+        if new_compressor:
+            _, config.patches_per_anchor = converted.patch_grid()
+        return converted
 
 
 def config_to_original(config: MambaMiaConfig) -> Settings:
@@ -303,6 +310,20 @@ def config_to_original(config: MambaMiaConfig) -> Settings:
         "image_token_id": config.image_token_id,
         "video_token_id": config.video_token_id,
     }
+
+
+def _compressor_config(source: Settings, shapes: Mapping[str, Shape], projector: str) -> MambaMiaCompressorConfig:
+    tensors = {name.removeprefix(projector): shape for name, shape in shapes.items() if name.startswith(projector)}
+    try:
+        return compressor_config(tensors, **untold_sizes(source))
+    except ValueError as error:
+        hint = ""
+        if is_mlp(tensors):
+            hint = " An MLP compresses nothing; to train a compressor in its place, convert with --new-compressor."
+        raise ValueError(
+            f"No compressor can be built from the tensors under {projector} (mm_projector_type="
+            f"{source.get('mm_projector_type')!r}): {error}{hint}"
+        ) from error
 
 
 def own_settings(config: PreTrainedConfig | type[PreTrainedConfig]) -> set[str]:

@@ -77,6 +77,11 @@ def is_lone_compressor(names: Collection[str]) -> bool:
     )
 
 
+def is_mlp(names: Collection[str]) -> bool:
+    """Whether names, without their prefix, are those of LLaVA's projectors `linear` and `mlp2x_gelu`."""
+    return bool(names) and all(re.fullmatch(r"(\d+\.)?(weight|bias)", name) for name in names)
+
+
 def numbered(names: Iterable[str], prefix: str) -> set[int]:
     """The numbers of the layers `{prefix}N.` that there are tensors of."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
