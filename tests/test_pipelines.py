@@ -35,6 +35,35 @@ def test_any_to_any_with_videos(checkpoint):
     assert isinstance(output[0]["generated_text"], str)
 
 
+@pytest.fixture(scope="module")
+def answerer(checkpoint):
+    return pipeline("any-to-any", model=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def memory(checkpoint, answerer):
+    return answerer.model.encode_video(checkpoint / "video.mp4", answerer.processor)
+
+
+def test_memory_in_a_chat(checkpoint, answerer, memory):
+    """A chat's media as Transformers' pipelines know them: in the content, under their type."""
+    answers = []
+    for video in ({"path": str(checkpoint / "video.mp4")}, {"video": memory}):
+        content = [{"type": "video", **video}, {"type": "text", "text": "What appears?"}]
+        output = answerer([{"role": "user", "content": content}], max_new_tokens=5, return_full_text=False)
+        answers.append(output[0]["generated_text"])
+    assert answers[0] == answers[1]
+
+
+def test_memories_beside_text(checkpoint, answerer, memory):
+    video = str(checkpoint / "video.mp4")
+    text, options = "<|video_pad|>What appears?", {"max_new_tokens": 5, "return_full_text": False}
+    expected = answerer(text=text, videos=video, **options)[0]["generated_text"]
+    assert answerer(text=text, videos=memory, **options)[0]["generated_text"] == expected
+    both = answerer(text=text * 2, videos=[memory, video], **options)[0]["generated_text"]
+    assert both == answerer(text=text * 2, videos=[video, video], **options)[0]["generated_text"]
+
+
 def test_times_survive_the_type_of_the_weights(checkpoint, tmp_path):
     tiny_checkpoint(tmp_path, frame_time_format="mm:ss")
     answerer = pipeline("any-to-any", model=str(tmp_path), dtype=torch.bfloat16)
