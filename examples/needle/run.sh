@@ -4,7 +4,7 @@
 #
 #     examples/needle/run.sh runs/needle
 #
-# The model is $OUT/long_video at the end. Run again, it continues where it was stopped.
+# The model is $OUT/times at the end. Run again, it continues where it was stopped.
 set -euo pipefail
 OUT="${1:?usage: $0 OUTPUT_FOLDER}"
 export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
@@ -49,3 +49,7 @@ train align      image  --stage align "${VIDEOS[@]}" --max_steps 300  --learning
 train clips      align  --stage video "${CLIPS[@]}"  --max_steps 1000 --learning_rate 1e-3
 train video      clips  --stage video "${VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
 train long_video video  --stage video "${VIDEOS[@]}" --max_steps 1200 --learning_rate 5e-4 --length_scale 8
+
+# At last the language model alone learns the times of whole hours, on what the model remembers of new videos.
+python -m needle.train_times --model "$OUT/long_video" --memories "$OUT/memories" --output "$OUT/times" \
+    --num_videos 1000 --max_steps 4000 --learning_rate 8e-4

@@ -76,18 +76,21 @@ def write_test_video(folder: Path, seed: int, num_frames: int, tasks: Sequence[s
 def write_spaced_video(
     folder: Path, seed: int, rng: random.Random, num_frames: int, split: str, tasks: Sequence[str]
 ) -> NeedleVideo:
-    """`SEED.mp4` of up to an hour with frames half a second or more apart, so that each of them is sampled."""
+    """`SEED.mp4` with the settings of `spaced_video`."""
+    return write_needle_video(folder / f"{seed}.mp4", seed, **spaced_video(seed, rng, num_frames, split, tasks))
+
+
+def spaced_video(seed: int, rng: random.Random, num_frames: int, split: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """Settings of a video of up to an hour, with frames half a second or more apart, so that each is sampled."""
     shortest, longest = 0.5, 3600 / num_frames
     seconds = round(4 * shortest * (longest / shortest) ** rng.random()) / 4  # H.264 has no rate for any number
-    return write_needle_video(
-        folder / f"{seed}.mp4",
-        seed,
-        task=tasks[seed % len(tasks)],
-        split=split,
-        duration=num_frames * seconds,
-        fps=1 / seconds,
-        num_frames=num_frames,
-    )
+    return {
+        "task": tasks[seed % len(tasks)],
+        "split": split,
+        "duration": num_frames * seconds,
+        "fps": 1 / seconds,
+        "num_frames": num_frames,
+    }
 
 
 def make_record(kind: str, path: str, num_frames: int, question: str, answer: str) -> Record:

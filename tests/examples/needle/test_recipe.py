@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import needle
-from needle import training_data
+from needle import train_times, training_data
+from needle.remembered_videos import FIRST_SEED
 from needle.training_data import RECORDS
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -53,7 +54,12 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
         assert [stage.features] == list({one.output for one in features})
         assert (training.seed, training.weight_decay, training.warmup_steps) == (2025, 0.05, 0.05)
         model = training.output_dir
-    assert model == str(output / "long_video")
+
+    module, arguments = commands[-1]
+    times = train_times.parse_arguments(arguments)
+    assert module == "needle.train_times" and times.model == model == str(output / "long_video")
+    assert times.output == output / "times" and times.memories == output / "memories"
+    assert FIRST_SEED >= max(written.values())  # its videos are new
 
 
 def test_finished_stages_are_left_out(modules_of, tmp_path):

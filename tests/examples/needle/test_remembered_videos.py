@@ -1,0 +1,115 @@
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from needle import remembered_videos
+from needle.plan import TASKS, plan_video
+from needle.questions import NOTHING
+from needle.remembered_videos import RememberedVideo, ask, looks, random_times, remember, video_settings
+
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
+from mambamia_hf.frame_times import format_time
+
+
+def make_video(task: str, num_frames: int = 32, seed: int = 3) -> RememberedVideo:
+    """A video whose tokens are the numbers of its frames, and whose Δ are random."""
+    plan = plan_video(seed, task=task, duration=num_frames, fps=1.0, num_frames=num_frames)
+    tokens = torch.arange(float(num_frames))[:, None, None]
+    return RememberedVideo(plan, tokens, torch.rand(num_frames, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_memories_are_written_once_and_fit_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(remembered_videos, "LENGTHS", (16,))
+    remember(str(BUNDLED_CHECKPOINT), tmp_path, 23)
+    written = (tmp_path / "23.memory").stat().st_mtime_ns
+    remember(str(BUNDLED_CHECKPOINT), tmp_path, 23)
+    assert (tmp_path / "23.memory").stat().st_mtime_ns == written
+
+    model = MambaMiaForConditionalGeneration.from_pretrained(BUNDLED_CHECKPOINT)
+    video = RememberedVideo.load(model, tmp_path, 23)
+    assert video.tokens.shape == (16, 1, 128) and video.deltas.shape == (16,)
+    assert video.plan.task == TASKS[23 % len(TASKS)] == "when" and video.plan.split == "train"
+    (needle,) = video.plan.needles
+    (first,) = video.first_frames
+    assert needle.start == pytest.approx(first / video.plan.fps)
+    # Frames differ most where the needle is, and just after it, as the compressor notices that it has gone.
+    change = (video.tokens - video.tokens.median(dim=0).values).norm(dim=(1, 2))
+    assert first <= change.argmax() <= first + round(needle.duration * video.plan.fps)
+
+    (tmp_path / "23.memory").rename(tmp_path / "24.memory")
+    monkeypatch.setattr(remembered_videos, "LENGTHS", (8,))
+    with pytest.raises(ValueError, match=r"24.memory has 16 frames and the video of this seed 8; remove the file"):
+        RememberedVideo.load(model, tmp_path, 24)
+
+
+def test_settings_are_of_the_train_split_and_at_most_an_hour():
+    videos = [plan_video(seed, **video_settings(seed)) for seed in range(60)]
+    assert {video.task for video in videos} == set(TASKS)
+    assert {video.total_num_frames for video in videos} == set(remembered_videos.LENGTHS)
+    assert all(video.split == "train" and video.duration <= 3650 for video in videos)
+
+
+def test_a_look_keeps_needles_and_their_times():
+    video, rng = make_video("ordering"), random.Random(0)
+    numbers_kept = set()
+    for look, _ in zip(looks([video], rng), range(40), strict=False):
+        frames = look.tokens.flatten().int().tolist()
+        numbers_kept.add(len(frames))
+        assert set(video.first_frames) <= set(frames) and frames == sorted(frames)
+        assert len(look.times) == len(frames) and look.times == sorted(look.times)
+        assert len(look.asked) == remembered_videos.QUESTIONS_PER_VIDEO
+    assert 32 in numbers_kept and min(numbers_kept) < 20
+
+
+def test_the_answer_to_when_is_the_new_time_of_the_first_frame():
+    video, rng = make_video("when"), random.Random(1)
+    answers = set()
+    for look, _ in zip(looks([video], rng), range(20), strict=False):
+        frames = look.tokens.flatten().int().tolist()
+        expected = format_time(look.times[frames.index(video.first_frames[0])], "mm:ss")
+        given = {asked.answer for asked in look.asked if asked.kind == "when"}
+        assert given <= {expected}
+        answers |= given
+    assert len(answers) > 5
+
+
+@pytest.mark.parametrize("num_frames", [16, 384])
+def test_times_are_even_and_within_an_hour(num_frames):
+    rng = random.Random(2)
+    intervals = set()
+    for _ in range(200):
+        times = random_times(num_frames, rng)
+        interval = times[1] - times[0]
+        assert 0 <= times[0] and times[-1] <= 3600
+        assert times[-1] - times[0] == pytest.approx((num_frames - 1) * interval)
+        intervals.add(round(interval, 6))
+    assert min(intervals) >= 0.5 and max(intervals) == 3600 / num_frames
+
+
+@pytest.mark.parametrize(
+    "task, kinds",
+    [
+        ("retrieval", {"when", "retrieval", "open retrieval", "colour", "open counting"}),
+        ("ordering", {"ordering", "open ordering"}),
+        ("counting", {"counting", "open counting"}),
+        ("nothing", {"nothing", "no time"}),
+    ],
+)
+def test_kinds_of_questions(task, kinds):
+    video = make_video(task).plan
+    asked = [ask(video, random.Random(seed)) for seed in range(200)]
+    assert {one.kind for one in asked} == kinds
+    for one in asked:
+        assert ("Options:" in one.question) == (one.kind == task) or task == "nothing"
+    values = {needle.value for needle in video.needles}
+    answers = {one.kind: {other.answer for other in asked if other.kind == one.kind} for one in asked}
+    if task == "retrieval":
+        (needle,) = video.needles
+        assert answers["colour"] == {needle.colour} and answers["open counting"] == {"1"}
+        assert answers["retrieval"] == answers["open retrieval"] == values
+        assert {ask(replace(video, task="when"), random.Random(seed)).kind for seed in range(200)} == kinds
+    if task == "nothing":
+        assert set.union(*answers.values()) == {NOTHING}
+    if task == "counting":
+        assert set.union(*answers.values()) == {str(len(video.needles))}
