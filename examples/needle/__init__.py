@@ -6,8 +6,8 @@
     questions               what is asked about a video
     generate, evaluate      commands: write a data set, score a checkpoint on fresh videos
 
-`run.sh` trains the bundled model from nothing. It uses `small_model`, `training_data` and `pretrain_vision`, and at last
-`train_times` with `remembered_videos`.
+`run.sh` trains the bundled model from nothing. It uses `small_model`, `training_data`, `pretrain_vision` and
+`train_times`, which learns from `remembered_videos`.
 
 The commands are modules of this package: `PYTHONPATH=examples python -m needle.generate --help`.
 """

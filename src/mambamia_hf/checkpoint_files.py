@@ -108,7 +108,9 @@ def check_weights_files(folder: str | os.PathLike[str], quantized: bool = False)
         return
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
-            types = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+            slices = {name: weights.get_slice(name) for name in weights.keys()}
+            # A single number is a counter, as a batch norm has.
+            types = {name: part.get_dtype() for name, part in slices.items() if part.get_shape()}
         wrong = [f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS]
         if wrong:
             raise ValueError(f"Weights have to be {', '.join(_FLOATS)}; {file} holds {_listed(wrong)}.")
