@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, Trainer, TrainingArguments
 from transformers.generation.streamers import BaseStreamer
 
-from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaModel
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, MambaMiaModel
 from mambamia_hf.versions import CACHE_NAME
 
 
@@ -933,6 +933,17 @@ def test_attention_implementations(model, batch, implementation, tmp_path):
         loaded.set_attn_implementation(other)
         assert loaded.model.vision_tower.config._attn_implementation == other
         torch.testing.assert_close(loaded(**batch).logits[tokens], expected.logits[tokens], atol=1e-5, rtol=1e-4)
+
+
+def test_attention_implementations_beside_a_tower_without_attention():
+    model = MambaMiaForConditionalGeneration.from_pretrained(BUNDLED_CHECKPOINT, attn_implementation="sdpa")
+    for implementation in ("sdpa", "eager", "sdpa"):
+        if model.config.text_config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
+        assert model.model.language_model.config._attn_implementation == implementation
+        assert model.model.vision_tower.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="ResNet"):  # asked for by name
+        model.set_attn_implementation({"vision_config": "sdpa"})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
@@ -98,6 +98,13 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
         """As any model's, with one sentence for a checkpoint that is damaged or does not fit; see `load_checked`."""
         return load_checked(super().from_pretrained, *args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As any model's; a vision tower that lacks the attention that is asked for of the whole model keeps its own."""
+        if isinstance(attn_implementation, str) and not _supports(self.config.vision_config, attn_implementation):
+            parts = dict.fromkeys(["", *self.config.sub_configs], attn_implementation)
+            attn_implementation = {**parts, "vision_config": "eager"}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -115,6 +122,9 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
 
     def __init__(self, config: MambaMiaConfig):
         super().__init__(config)
+        attention = config.vision_config._attn_implementation
+        if attention is not None and not _supports(config.vision_config, attention):
+            config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.compressor = MambaMiaCompressor._from_config(config.compressor_config)
         self.end_of_frame = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.end_of_frame else None
@@ -686,6 +696,18 @@ def frame_budgets(
             f"{budgets}."
         )
     return budgets
+
+
+def _supports(vision_config: PreTrainedConfig, attention: str) -> bool:
+    """Whether a vision tower has an implementation of attention; one of convolutions has none but "eager"."""
+    flag = {
+        "sdpa": "_supports_sdpa",
+        "flash_attention_2": "_supports_flash_attn",
+        "flash_attention_3": "_supports_flash_attn",
+        "flex_attention": "_supports_flex_attn",
+    }.get(attention)
+    tower = MODEL_MAPPING.get(type(vision_config), None)
+    return flag is None or tower is None or getattr(tower, flag)
 
 
 def _cat_layers(batches: list[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:

@@ -224,7 +224,9 @@ def _encodable(path: str) -> Iterator[str]:
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(_COPY_BYTES):
+    # One system call per step where the file can do that, so that Ctrl-C is not lost between two of them.
+    read = getattr(file, "read1", file.read)
+    while block := read(_COPY_BYTES):
         if not isinstance(block, bytes):
             raise ValueError(f"The open file gives {type(block).__name__}, not bytes: open it in binary mode, 'rb'.")
         yield block

@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 
 import numpy as np
 import pytest
 import torch
-from program import COMMAND, check_error, environment, run_program
+from program import COMMAND, check_error, environment, interrupt, run_program
 from safetensors.numpy import save_file
 from video_files import write_video
 
@@ -116,8 +115,7 @@ def test_ctrl_c_leaves_whole_memories_only(checkpoint, video, tmp_path):
         [*COMMAND, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline().strip().endswith("video.mp4.safetensors")
-    process.send_signal(signal.SIGINT)
-    process.wait()
+    interrupt(process)
     assert process.returncode == 130 and process.stderr.read().endswith("mambamia: interrupted\n")
     for pipe in (process.stdout, process.stderr):
         pipe.close()

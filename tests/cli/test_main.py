@@ -2,12 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
-from program import COMMAND, check_error, environment, run_program
+from program import COMMAND, check_error, environment, interrupt, run_program
 from transformers import Qwen2Config
 
 import mambamia_hf
@@ -166,8 +165,7 @@ def test_ctrl_c(checkpoint, tmp_path):
     # More than a pipe holds: where this returns, the program is reading.
     process.stdin.write(bytes(2**20))
     process.stdin.flush()
-    process.send_signal(signal.SIGINT)
-    process.wait()
+    interrupt(process)
     assert (process.returncode, process.stdout.read()) == (130, b"")
     assert process.stderr.read() == b"mambamia: interrupted\n"
     assert not list(tmp_path.iterdir())
@@ -188,8 +186,8 @@ def test_ctrl_c_while_loading(checkpoint, video):
         shown = b""
         while not shown.endswith(b"loading ...\r\n"):
             shown += terminal.read(1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
+        interrupt(process)
+        assert process.returncode == 130
         assert terminal.read(4096).endswith(b"mambamia: interrupted\r\n")
     assert process.stdout.read() == b""
     process.stdout.close()

@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import time
 
 import pytest
 from live_sources import WebServer, being_written, pieces, quiet_pipe
-from program import COMMAND, check_error, environment
+from program import COMMAND, check_error, environment, interrupt
 from tiny_model import ask as ask_in_python
 from video_files import write_video
 
@@ -122,7 +121,7 @@ def test_ctrl_c_ends_and_saves_the_memory(recording, checkpoint, tmp_path):
         ) as process:
             lines = [process.stdout.readline() for _ in range(2)]
             time.sleep(1)  # for the rest of what has come
-            process.send_signal(signal.SIGINT)
+            interrupt(process)
             printed, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert [line.split()[0] for line in lines] == ["0:00:05", "0:00:10"] and printed == ""

@@ -1,8 +1,10 @@
 """The program `mambamia` in a process of its own, and what an error of it looks like."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 
 COMMAND = [sys.executable, "-m", "mambamia_hf"]
@@ -22,6 +24,14 @@ def run_program(*arguments, encoding: str = "utf-8", **kwargs) -> subprocess.Com
         encoding=encoding,
         **kwargs,
     )
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C until the process ends: Python overlooks one that comes just before a system call that waits."""
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
 
 
 def check_error(code: int, printed: str, error: str, *fragments) -> None:

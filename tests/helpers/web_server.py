@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from program import COMMAND, environment
+from program import COMMAND, environment, interrupt
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -37,8 +36,8 @@ def serving(folder: Path, *arguments: str) -> Iterator[str]:
             raise AssertionError("".join(said))
         yield said[-1].split()[2]
     finally:
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[1]
+        interrupt(process)
+        rest = process.communicate()[1]
     assert "Traceback" not in rest, rest
     left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     assert left == [], left

@@ -1,7 +1,6 @@
 """What `ask`, `chat` and `encode` have in common: opening a video or a memory, and what is said about an answer."""
 
 import os
-import shutil
 import sys
 import tempfile
 from argparse import Namespace
@@ -132,5 +131,7 @@ def _video_file(video: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "standard input")
         with open(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            # One system call per step, so that Ctrl-C is not lost between two of them.
+            while part := sys.stdin.buffer.read1(2**20):
+                file.write(part)
         yield str(path)
