@@ -99,7 +99,7 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
         return load_checked(super().from_pretrained, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """As any model's; a vision tower that lacks the attention that is asked for of the whole model keeps its own."""
+        """As any model's; a vision tower that lacks the attention asked for of the whole model keeps its own."""
         if isinstance(attn_implementation, str) and not _supports(self.config.vision_config, attn_implementation):
             parts = dict.fromkeys(["", *self.config.sub_configs], attn_implementation)
             attn_implementation = {**parts, "vision_config": "eager"}
