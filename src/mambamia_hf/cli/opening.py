@@ -132,6 +132,6 @@ def _video_file(video: str) -> Iterator[str]:
         path = Path(folder, "standard input")
         with open(path, "wb") as file:
             # One system call per step, so that Ctrl-C is not lost between two of them.
-            while part := sys.stdin.buffer.read1(2**20):
+            while part := os.read(sys.stdin.fileno(), 2**20):
                 file.write(part)
         yield str(path)
