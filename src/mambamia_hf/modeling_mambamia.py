@@ -137,6 +137,12 @@ class MambaMiaModel(MambaMiaEncoderBase):
     """Vision tower, compressor and language model, without the language model's head."""
 
     def __init__(self, config: MambaMiaConfig):
+        if str(config.text_config._attn_implementation).startswith("vllm"):
+            raise ValueError(
+                "vLLM's backend for models of Transformers would read the first frames of a video in place of the "
+                "chosen ones: install the package mambamia_hf beside vLLM, which has a plugin for these checkpoints, "
+                "and leave out --model-impl."
+            )
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()

@@ -61,7 +61,7 @@ class MambaMiaVideosKwargs(MambaMiaVideoProcessorKwargs, total=False):
     """
 
     keep_frames: int | None
-    keep_ratio: float | None
+    keep_ratio: float | int | None
 
 
 class MambaMiaProcessorKwargs(ProcessingKwargs, total=False):
@@ -272,22 +272,23 @@ class MambaMiaProcessor(ProcessorMixin):
         Raises:
             ValueError: for one that nothing would look at; Transformers ignores it.
         """
-        own = set()
-        for kind in (
-            self.valid_processor_kwargs,
-            self.image_processor.valid_kwargs,
-            self.video_processor.valid_kwargs,
-        ):
-            for name, value in kind.__annotations__.items():
-                own |= {name, *getattr(value, "__annotations__", {})}
+        own = {*self.valid_processor_kwargs.__annotations__, *self.option_names("text", "images", "videos", "audio")}
         known = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters, *_FLAGS_OF_TEMPLATES}
         known |= set(re.findall(r"\w+", f"{self.chat_template} {chat_template}"))
         for name in options:
             if name not in own | known:
-                similar = difflib.get_close_matches(name, own, n=1)
-                hint = f"did you mean '{similar[0]}'?" if similar else "leave it out."
-                raise ValueError(f"Neither the processor nor its chat template has an option '{name}': {hint}")
+                raise ValueError(f"Neither the processor nor its chat template has an {unknown_option(name, own)}")
         return [name for name in options if name in own - known]
+
+    def option_names(self, *kinds: str) -> set[str]:
+        """The options of a call that are about inputs of these kinds: `"text"`, `"images"`, `"videos"`, `"audio"`."""
+        of_parts = {"images": self.image_processor.valid_kwargs, "videos": self.video_processor.valid_kwargs}
+        return {
+            name
+            for kind in kinds
+            for options in (self.valid_processor_kwargs.__annotations__.get(f"{kind}_kwargs"), of_parts.get(kind))
+            for name in getattr(options, "__annotations__", {})
+        }
 
     def prepare_inputs_layout(  # type: ignore[override]  # the base class declares no `self`
         self,
@@ -575,6 +576,12 @@ def _as_part(entry: Any) -> Any:
     return {"type": "video", "video": part_of(source, entry.get("video_start"), entry.get("video_end"))}
 
 
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an option that is none, with the one that may be meant."""
+    similar = difflib.get_close_matches(name, known, n=1)
+    return f"option '{name}': " + (f"did you mean '{similar[0]}'?" if similar else "leave it out.")
+
+
 def _has_any(images: Any) -> bool:
     """Whether there is an image in nested lists, which are empty where a batch has none."""
     return any(map(_has_any, images)) if isinstance(images, list | tuple) else True
@@ -592,4 +599,4 @@ def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int | No
     return token_id
 
 
-__all__ = ["MambaMiaProcessor"]
+__all__ = ["MambaMiaProcessor", "unknown_option"]
