@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal
 from vllm.model_executor.models.module_mapping import MultiModelKeys
@@ -22,7 +21,12 @@ from vllm.sequence import IntermediateTensors
 
 from ..configuration_mambamia import MambaMiaConfig
 from ..modeling_encoder import MambaMiaEncoder
-from .processing import MambaMiaDummyInputsBuilder, MambaMiaMultiModalProcessor, MambaMiaProcessingInfo
+from .processing import (
+    LANGUAGE_MODELS,
+    MambaMiaDummyInputsBuilder,
+    MambaMiaMultiModalProcessor,
+    MambaMiaProcessingInfo,
+)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -51,16 +55,17 @@ class MambaMiaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLo
         config = self.config
         text_config = config.text_config
         text_config.tie_word_embeddings = config.tie_word_embeddings
-        with self._mark_tower_model(vllm_config, {"image", "video"}), no_init_weights():
+        vllm: Any = self  # for what vLLM's classes add, which a type checker does not see
+        with vllm._mark_tower_model(vllm_config, {"image", "video"}), no_init_weights():
             self.encoder = MambaMiaEncoder._from_config(config, dtype=vllm_config.model_config.dtype)
-        with self._mark_language_model(vllm_config):
+        with vllm._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text_config,
                 prefix=maybe_prefix(prefix, "language_model"),
-                architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]],
+                architectures=[LANGUAGE_MODELS[text_config.model_type]],
             )
-        self.configure_mm_token_handling(text_config.vocab_size, [config.image_token_id, config.video_token_id])
+        vllm.configure_mm_token_handling(text_config.vocab_size, [config.image_token_id, config.video_token_id])
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """The tokens of images or of videos.
@@ -104,7 +109,7 @@ class MambaMiaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLo
             tokens = features.pooler_output[0]
             if video_time_ids is not None:
                 stays = features.keep_mask[0]
-                times = self.get_language_model().embed_input_ids(video_time_ids[video].to(tokens.device)[stays])
+                times = self.language_model.embed_input_ids(video_time_ids[video].to(tokens.device)[stays])
                 tokens = torch.cat([times.to(tokens), tokens.unflatten(0, (len(times), -1))], dim=1).flatten(0, 1)
             embedded.append(tokens)
         return embedded

@@ -19,7 +19,6 @@ from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
-    InputProcessingContext,
     ProcessorInputs,
     PromptReplacement,
     TimingContext,
@@ -33,6 +32,9 @@ from ..frame_times import time_ids
 from ..processing_mambamia import MambaMiaProcessor, unknown_option
 
 
+# The language models that are vLLM's, by the type of the checkpoint's.
+LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
 _BUDGETS = ("keep_frames", "keep_ratio")
 
 
@@ -45,15 +47,7 @@ class MambaMiaDataParser(MultiModalDataParser):
 
 
 class MambaMiaProcessingInfo(BaseProcessingInfo):
-    """What vLLM has to know of the inputs of a checkpoint.
-
-    Raises:
-        ValueError: if the checkpoint cannot be served as it is.
-    """
-
-    def __init__(self, ctx: InputProcessingContext) -> None:
-        super().__init__(ctx)
-        self._check_servable()
+    """What vLLM has to know of the inputs of a checkpoint."""
 
     @cached_property
     def config(self) -> MambaMiaConfig:
@@ -131,7 +125,12 @@ class MambaMiaProcessingInfo(BaseProcessingInfo):
                 return {name: getattr(part, name) for name in _BUDGETS}
         return {}
 
-    def _check_servable(self) -> None:
+    def check_servable(self) -> None:
+        """Checks what vLLM cannot do.
+
+        Raises:
+            ValueError: if the checkpoint, or an option of the server, is beyond it.
+        """
         config, processor = self.config, self.processor
         server = self._options_of("videos", self.ctx.get_mm_config().mm_processor_kwargs or {})
         budget = {name: server.get(name) for name in _BUDGETS if server.get(name) is not None}
@@ -141,6 +140,11 @@ class MambaMiaProcessingInfo(BaseProcessingInfo):
                 f"delta_threshold={config.delta_threshold} of this checkpoint decides how many frames stay only once "
                 "the model has seen them, and vLLM has to know before: set a budget in its place, "
                 """--mm-processor-kwargs '{"keep_ratio": 0.5}', or '{"keep_ratio": 1.0}' to keep every frame."""
+            )
+        if config.text_config.model_type not in LANGUAGE_MODELS:
+            raise ValueError(
+                f"The language model of this checkpoint is a {config.text_config.model_type}, and those that run in "
+                f"vLLM are {' and '.join(LANGUAGE_MODELS)}: use Transformers for this one."
             )
         if processor.time_instruction:
             raise ValueError(
@@ -179,7 +183,15 @@ class MambaMiaDummyInputsBuilder(BaseDummyInputsBuilder[MambaMiaProcessingInfo])
 
 
 class MambaMiaMultiModalProcessor(BaseMultiModalProcessor[MambaMiaProcessingInfo]):
-    """Runs the checkpoint's own processor on each image and each video."""
+    """Runs the checkpoint's own processor on each image and each video.
+
+    Raises:
+        ValueError: if the checkpoint cannot be served as it is.
+    """
+
+    def __init__(self, info: MambaMiaProcessingInfo, dummy_inputs: MambaMiaDummyInputsBuilder) -> None:
+        super().__init__(info, dummy_inputs)
+        info.check_servable()  # not when `info` is made: vLLM takes an error there for a model of text alone
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """As any model's.
@@ -201,11 +213,10 @@ class MambaMiaMultiModalProcessor(BaseMultiModalProcessor[MambaMiaProcessingInfo
         processed = super().apply(inputs, timing_ctx)
         length, limit = len(processed["prompt_token_ids"]), self.info.ctx.model_config.max_model_len
         if length > limit:
-            video = processed["prompt_token_ids"].count(processor.video_token_id)
+            of_videos = processed["prompt_token_ids"].count(processor.video_token_id)
             raise ValueError(
-                f"The prompt has {length} tokens, {video} of them of videos, and the model reads at most {limit} "
-                """(max_model_len): keep fewer frames, such as mm_processor_kwargs={"keep_frames": """
-                f"{max((limit - length + video) // processor.placeholders_per_frame // 2, 1)}}}."
+                f"The prompt has {length} tokens, {of_videos} of them of videos, and the model reads at most {limit} "
+                "(max_model_len): keep fewer frames, by mm_processor_kwargs with keep_frames or keep_ratio."
             )
         return processed
 
@@ -318,4 +329,4 @@ def _explained(process: Callable[[Any, dict[str, Any]], dict[str, Any]], item: A
         raise ValueError(" ".join(str(error).split())) from error
 
 
-__all__ = ["MambaMiaDummyInputsBuilder", "MambaMiaMultiModalProcessor", "MambaMiaProcessingInfo"]
+__all__ = ["LANGUAGE_MODELS", "MambaMiaDummyInputsBuilder", "MambaMiaMultiModalProcessor", "MambaMiaProcessingInfo"]

@@ -80,14 +80,12 @@ def engine(checkpoint, media, **kwargs):
     return vllm.LLM(str(checkpoint), **{**settings, **kwargs})
 
 
-def served(checkpoint, media, processor_options=(), **kwargs):
-    """A checkpoint in Transformers and in vLLM."""
+def served(checkpoint, media, budget=(), **kwargs):
+    """A checkpoint in Transformers, whose processor is told a budget, and in vLLM."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     model = MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
-    both = Transformers(model, MambaMiaProcessor.from_pretrained(checkpoint), **dict(processor_options))
-    if processor_options:
-        kwargs["mm_processor_kwargs"] = dict(processor_options)
+    both = Transformers(model, MambaMiaProcessor.from_pretrained(checkpoint), **dict(budget))
     llm = engine(checkpoint, media, **kwargs)
     sampling = vllm.SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, logprobs=0)
     yield both, Vllm(llm, sampling)
@@ -147,9 +145,9 @@ def timed(media, adapter, tmp_path_factory):
     torch.manual_seed(1)
     lora = LoraConfig(r=4, target_modules=r".*language_model.*(q|v)_proj", init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(adapter)
-    yield from served(
-        checkpoint, media, {"keep_ratio": 0.5}, max_model_len=512, enable_lora=True, max_lora_rank=8, max_loras=1
-    )
+    settings = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    budget = {"keep_ratio": 0.5}
+    yield from served(checkpoint, media, budget, mm_processor_kwargs=budget, max_model_len=512, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +159,7 @@ def vicuna(media, tmp_path_factory):
     budget = {"delta_threshold": None, "keep_frames": 5}
     folder = tmp_path_factory.mktemp("vicuna")
     checkpoint = write_checkpoint(folder, text=llama, vision=clip, end_of_frame=True, **budget)
-    yield from served(checkpoint, media, max_model_len=512)
+    yield from served(checkpoint, media, {"keep_frames": 5}, max_model_len=512)
 
 
 QUESTIONS = {
@@ -266,10 +264,10 @@ def test_budgets_do_not_mix(timed, media):
 def test_prefixes_are_cached(bundled, media):
     transformers, engine = bundled
     for text in ("What shape appears in the video?", "What colour is it?"):
-        asked = parts(media, ("needle", text))
+        asked = parts(media, ("hour", text))
         (output,) = engine.chat([for_servers(asked)])
         check_same(engine._answer(output), transformers.ask(asked))
-    assert output.num_cached_tokens >= 64  # the frames of the video
+    assert output.num_cached_tokens >= 256  # most of the frames of the video
 
 
 def test_adapters(timed, media, adapter):
@@ -365,10 +363,10 @@ def test_bad_media_are_refused(timed, media):
     text.write_text("no video")
     with pytest.raises(ValueError, match="cannot be read as a video"):
         engine.ask([video(text), "What?"])
-    with pytest.raises(ValueError, match="The prompt has 2 <|video_pad|> for 1 videos"):
+    with pytest.raises(ValueError, match=r"The prompt has 2 <\|video_pad\|> for 1 videos"):
         engine.ask([media["short"], "<|video_pad|>"])
     with pytest.raises(ValueError, match=r"the model reads at most 512 \(max_model_len\): keep fewer frames"):
-        engine.ask([media["longer"], media["needle"], "What?"], keep_ratio=1.0)
+        engine.ask([media["needle"], media["needle"], "What?"], keep_ratio=1.0)
     broken = frames(8).astype(np.float32)
     broken[3, 5, 5] = np.nan
     with pytest.raises(ValueError, match="pixel_values_videos"):
@@ -427,6 +425,14 @@ def test_threshold_is_refused_at_load(media, tmp_path):
 def test_bad_options_are_refused_at_load(media, options, message):
     with pytest.raises(ValueError, match=message):
         engine(BUNDLED_CHECKPOINT, media, mm_processor_kwargs=options)
+
+
+def test_other_language_models_are_refused_at_load(media, tmp_path):
+    checkpoint = write_checkpoint(
+        tmp_path, text={"model_type": "gpt_neox", "num_key_value_heads": 2}, delta_threshold=None
+    )
+    with pytest.raises(ValueError, match="is a gpt_neox, and those that run in vLLM are llama and qwen2"):
+        engine(checkpoint, media)
 
 
 def test_lines_about_times_are_refused_at_load(media, tmp_path):
