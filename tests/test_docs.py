@@ -327,7 +327,6 @@ def config_of(config_class):
 
 # The file of results of every data set of the card.
 CARD_RESULTS = {
-    "Needle benchmark, 64 seconds, 128 frames": "needle.json",
     "Needle benchmark, one hour, 384 frames": "needle_hour.json",
     "Needle benchmark, one hour, 384 frames, real backgrounds": "needle_background.json",
 }

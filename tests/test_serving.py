@@ -26,10 +26,10 @@ pytestmark = pytest.mark.slow
 DEMO = Path(BUNDLED_CHECKPOINT).parent / "demo" / "needle.mp4"
 # `transformers` where `mambamia_hf` cannot be imported.
 STRANGER = "import sys; sys.modules['mambamia_hf'] = None; from transformers.cli.transformers import main; main()"
-# Tokens of a prompt with one video beside those of its frames.
-PROMPT = 29
+# Tokens of a prompt with one video beside those of its frames, and of each frame: its time and its anchor.
+PROMPT, FRAME = 25, 6
 # Tokens that the copy of the checkpoint with its code reads.
-CONTEXT = 120
+CONTEXT = 600
 
 
 class Server:
@@ -128,13 +128,13 @@ def red_square(tmp_path_factory) -> Path:
 
 def test_video_by_path_and_address(server):
     for address in (DEMO, DEMO.as_uri(), data("video/mp4", DEMO)):
-        assert server.ask(video(address), "What shape appears?") == ("star", PROMPT + 32)
+        assert server.ask(video(address), "What shape appears?") == ("star", PROMPT + 32 * FRAME)
 
 
 def test_images_by_path_and_address(server, red_square):
     for address in (red_square, red_square.as_uri(), data("image/png", red_square)):
         assert server.ask(image(address), "What colour is the shape?")[0] == "red"
-    assert server.ask(image(red_square), video(DEMO), "What shape appears in the video?")[1] > PROMPT + 32
+    assert server.ask(image(red_square), video(DEMO), "What shape appears in the video?")[1] > PROMPT + 32 * FRAME
 
 
 def test_text_alone(server):
@@ -152,7 +152,7 @@ def test_two_turns(server):
     turns = [first, {"role": "assistant", "content": "star"}]
     answer, tokens = server.ask("What colour is the shape?", messages=turns)
     assert answer == server.ask(video(DEMO), "What colour is the shape?")[0]
-    assert tokens > PROMPT + 32
+    assert tokens > PROMPT + 32 * FRAME
 
 
 def test_budgets(server):
@@ -164,12 +164,12 @@ def test_budgets(server):
         ({"num_frames": 8}, 8),
         ({"video_start": 0, "video_end": 5, "num_frames": None}, 10),
     ):
-        assert server.ask(video(DEMO), "What shape appears?", **options)[1] == PROMPT + frames, options
+        assert server.ask(video(DEMO), "What shape appears?", **options)[1] == PROMPT + FRAME * frames, options
 
 
 def test_short_video_keeps_all_its_frames(server, tmp_path):
     short = write_video(tmp_path / "short.mp4", num_frames=20)
-    assert server.ask(video(short), "What shape appears?")[1] == PROMPT + 20
+    assert server.ask(video(short), "What shape appears?")[1] == PROMPT + 20 * FRAME
 
 
 def test_bad_media_are_refused(server, tmp_path, red_square):

@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples python -m needle.evaluate --output examples/results/needle_hour.json
 
-Every video is a new H.264 file of the test split, read through the processor and answered by `generate`. An answer
+Every video is a new H.264 file of the test split, looked at by `encode_video` and answered by `generate`. An answer
 counts if it is right word for word. A time counts if it is off by at most one interval between sampled frames, or by a
 second where they are closer.
 """
@@ -58,7 +58,7 @@ class Sample:
 
     Args:
         question: the question.
-        inputs: what the processor returns, with the features of the vision tower in place of pixels.
+        inputs: what the processor returns for what the model remembers of the video.
         interval: seconds between sampled frames.
     """
 
@@ -69,9 +69,8 @@ class Sample:
 
 @torch.no_grad()
 def read_sample(arguments: argparse.Namespace, task: str, seed: int) -> Sample:
-    """Writes the video of a seed, reads it and runs the vision tower, once for all shares of its frames."""
+    """Writes the video of a seed and looks at it, once for all shares of its frames."""
     model, processor = load(arguments.model)
-    processor.video_processor.num_frames = arguments.num_frames
     with tempfile.TemporaryDirectory() as folder:
         video = write_needle_video(
             Path(folder) / "video.mp4",
@@ -84,18 +83,17 @@ def read_sample(arguments: argparse.Namespace, task: str, seed: int) -> Sample:
             num_frames=arguments.num_frames,
             background=arguments.background and arguments.background[seed % len(arguments.background)],
         )
-        question = task_question(video, seed)
-        content = [{"type": "video", "path": str(video.path)}, {"type": "text", "text": question.prompt}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    frames = inputs.pop("pixel_values_videos")[0]
-    features = model.model.encode_frames(frames).last_hidden_state
-    return Sample(question, {**inputs, "patch_features_videos": features[None]}, arguments.duration / len(frames))
+        memory = model.encode_video(video.path, processor, num_frames=arguments.num_frames)
+    question = task_question(video, seed)
+    content = [{"type": "video", "video": memory}, {"type": "text", "text": question.prompt}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return Sample(question, inputs, arguments.duration / len(memory))
 
 
 @torch.no_grad()

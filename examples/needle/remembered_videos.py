@@ -152,8 +152,8 @@ def random_frames(video: RememberedVideo, rng: random.Random) -> list[int]:
 def ask(video: NeedleVideo, rng: random.Random) -> Asked:
     """A question of the video's task, or another one that a user may ask about it."""
     chance = rng.random()
-    if video.task == "nothing" and chance < 0.2:
-        return Asked("no time", _wording("when", rng.choice(SHAPES + DIGITS), rng), NOTHING)
+    if video.task == "nothing" and chance < 0.5:
+        return _ask_in_vain(rng)
     if video.task in ("retrieval", "when"):
         return _ask_about_one(video, chance, rng)
     question = task_question(video, rng.randrange(10**9))
@@ -177,6 +177,16 @@ def _ask_about_one(video: NeedleVideo, chance: float, rng: random.Random) -> Ask
         return Asked("open counting", text, "1")
     question = task_question(replace(video, task="retrieval"), rng.randrange(10**9))
     return Asked("retrieval", question.prompt, question.answer)
+
+
+def _ask_in_vain(rng: random.Random) -> Asked:
+    """What has another answer where there is a symbol."""
+    value, about = rng.choice(SHAPES + DIGITS), rng.choice(["no time", "no colour", "no count"])
+    if about == "no count":
+        return Asked(about, rng.choice(CHOICE_QUESTIONS["counting"]).format(medium="video", value=value), "0")
+    if about == "no time":
+        return Asked(about, _wording("when", value, rng), NOTHING)
+    return Asked(about, _wording("colour", rng.choice(["shape", "digit", value]), rng), NOTHING)
 
 
 def _wording(kind: str, name: str, rng: random.Random) -> str:

@@ -15,7 +15,7 @@ def test_demo_answers_its_own_question(program, tmp_path):
     lines = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert lines["truth"].startswith(f"{lines['answer']} (of ")
     assert lines["question"].endswith("?")
-    assert lines["tokens"].startswith("64 frames -> 576 patches -> 64 anchors -> 32 video tokens")
+    assert lines["tokens"].startswith("64 frames -> 576 patches -> 64 anchors -> 192 video tokens")
     assert sorted(entry.name for entry in folder.iterdir()) == ["needle.mp4", "timeline.png"]
     assert (folder / "needle.mp4").read_bytes() == VIDEO.read_bytes()
     assert program("demo", "--output", folder)[0] == 0  # once more in the same folder

@@ -31,6 +31,7 @@ EXAMPLE_QUESTIONS = (
     "What shape appears in the video?",
     "What colour is the shape?",
     "How often does the star appear?",
+    "When does the star appear?",
 )
 
 Message = MutableMapping[str, Any]

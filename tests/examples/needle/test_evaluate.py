@@ -7,7 +7,8 @@ from needle.questions import NOTHING, Question
 from mambamia_hf import BUNDLED_CHECKPOINT
 
 
-def test_answers_about_fresh_videos():
+@pytest.mark.parametrize("task", ["retrieval", "when", "nothing"])
+def test_answers_about_fresh_videos(task):
     arguments = Namespace(
         model=BUNDLED_CHECKPOINT,
         num_frames=32,
@@ -17,7 +18,7 @@ def test_answers_about_fresh_videos():
         background=None,
         keep_ratios=[1.0, 0.5],
     )
-    answers = [evaluate(arguments, "retrieval", seed) for seed in range(8)]
+    answers = [evaluate(arguments, task, seed) for seed in range(8)]
     assert all(answer.keys() == {1.0, 0.5} for answer in answers)
     assert sum(answer[1.0] for answer in answers) >= 6
     assert sum(answer[0.5] for answer in answers) >= 6
