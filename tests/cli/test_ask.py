@@ -276,7 +276,7 @@ def test_progress_is_shown_on_a_terminal(ask, video, monkeypatch):
     reader.join()
     shown = b"".join(shown).decode()
     assert shown.startswith("mambamia: loading ...")
-    assert "Decoding" in shown and "Looking at the frames" in shown and f"{NUM_FRAMES}/{NUM_FRAMES}" in shown
+    assert "Looking at the frames" in shown and f"{NUM_FRAMES}/{NUM_FRAMES}" in shown
 
 
 def make_bad_video(kind, folder):
