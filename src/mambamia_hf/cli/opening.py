@@ -70,7 +70,7 @@ def name_bundled_model(arguments: Namespace) -> None:
     if arguments.model is None:
         say(
             "no --model given: the bundled checkpoint only knows about shapes and digits that show up in a video: "
-            "which, in what colour, in what order, how often."
+            "which, in what colour, in what order, how often and when."
         )
 
 
