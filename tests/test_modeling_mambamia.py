@@ -838,6 +838,25 @@ def test_trainer_takes_a_step(batch, tmp_path):
     assert {name.split(".")[1] for name in moved} >= {"vision_tower", "compressor", "language_model"}
 
 
+def test_trainer_evaluates_and_predicts_with_logits_alone(batch, tmp_path):
+    model = tiny_model(delta_threshold=None).eval()
+    rows = [{key: value[row] for key, value in batch.items()} for row in range(2)]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=1, report_to="none", use_cpu=True)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        eval_dataset=rows,
+        compute_metrics=lambda result: {"right": (result.predictions.argmax(-1) == result.label_ids).mean()},
+    )
+    expected = torch.cat([model(**{key: value[None] for key, value in row.items()}).logits for row in rows])
+    predicted = trainer.predict(rows)
+    torch.testing.assert_close(torch.tensor(predicted.predictions), expected)  # an array: no features beside it
+    assert predicted.label_ids.shape == expected.shape[:2]
+    right = (expected.argmax(-1) == batch["input_ids"]).float().mean()
+    assert trainer.evaluate()["eval_right"] == pytest.approx(right.item())
+
+
 def test_lora_attaches_trains_and_merges(batch):
     model = tiny_model()
     plain = model(**batch).logits
