@@ -90,30 +90,14 @@ def read_index(index: Path) -> dict[str, Path]:
     return {tensor: index.parent / file for tensor, file in weight_map.items()}
 
 
-def check_weights_files(folder: str | os.PathLike[str], quantized: bool = False) -> None:
-    """Checks the indexes and the types of the weights in a local folder; anything else is left to who loads it.
-
-    Args:
-        folder: of the checkpoint.
-        quantized: whether weights may be of any type, as those of a quantised model are.
+def check_indexes(folder: str | os.PathLike[str]) -> None:
+    """Checks the indexes of the weights in a local folder; anything else is left to who loads it.
 
     Raises:
-        ValueError: as `read_index` does, and for weights that are no real numbers, which Transformers would convert.
-        SafetensorError: if a weights file is damaged.
+        ValueError: as `read_index` does.
     """
     for index in sorted(Path(folder).glob("*.index.json")):
         read_index(index)
-    config = Path(folder, "config.json")
-    if quantized or (config.is_file() and read_json(config).get("quantization_config")):
-        return
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}
-            # A single number is a counter, as a batch norm has.
-            types = {name: part.get_dtype() for name, part in slices.items() if part.get_shape()}
-        wrong = [f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS]
-        if wrong:
-            raise ValueError(f"Weights have to be {', '.join(_FLOATS)}; {file} holds {_listed(wrong)}.")
 
 
 def load_checked(
@@ -136,11 +120,12 @@ def load_checked(
         RuntimeError: if weights have another shape than the configuration asks for.
     """
     name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    folder = None if name is None else Path(name, kwargs.get("subfolder") or "")
+    if folder is not None:
+        check_indexes(folder)
     try:
-        if name is not None:
-            quantized = kwargs.get("quantization_config") is not None
-            check_weights_files(Path(name, kwargs.get("subfolder") or ""), quantized)
         model, report = load(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+        others = {} if folder is None else _other_numbers(folder)
     except SafetensorError as error:
         raise OSError(f"A weights file of {name} is damaged ({error}); copy or download it again.") from error
     if report["mismatched_keys"] and not ignore_mismatched_sizes:
@@ -151,7 +136,26 @@ def load_checked(
             f"Weights of {name} have other shapes than its configuration asks for: {_listed(weights)}; use the "
             f"configuration that they were saved with."
         )
+    if others and getattr(model.config, "quantization_config", None) is None:
+        _check_numbers(model, others)
     return (model, report) if output_loading_info else model
+
+
+def _other_numbers(folder: Path) -> dict[str, str]:
+    """The types of the tensors in a local folder that are no floating-point numbers, by name."""
+    types: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            types |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+    return {name: kind for name, kind in types.items() if kind not in _FLOATS}
+
+
+def _check_numbers(model: Any, others: Mapping[str, str]) -> None:
+    """Refuses weights that Transformers has converted to floating-point numbers, which they were not."""
+    own = model.state_dict()
+    wrong = [f"{name} ({kind})" for name, kind in others.items() if name in own and own[name].is_floating_point()]
+    if wrong:
+        raise ValueError(f"Weights have to be {', '.join(_FLOATS)}, not {_listed(wrong)}; the checkpoint is damaged.")
 
 
 def _listed(names: list[str]) -> str:
@@ -164,4 +168,4 @@ def _stays_inside(name: str) -> bool:
     return name.isprintable() and not any(path.anchor or ".." in path.parts for path in paths)
 
 
-__all__ = ["check_sizes", "check_weights_files", "explained", "load_checked", "read_index", "read_json"]
+__all__ = ["check_indexes", "check_sizes", "explained", "load_checked", "read_index", "read_json"]

@@ -220,13 +220,16 @@ def encode_video(
         model = load_model(checkpoint, place, dtype)
         watch.restart()
         with tqdm(total=len(sampled), desc="Looking at the frames", unit="frame", disable=not progress) as bar:
+            waited = 0.0  # for the frames that have been looked at
 
             def advance(done: int, total: int) -> None:
+                nonlocal waited
                 bar.update(done - bar.n)
                 watch.lap("vision")
+                waited = sampled.seconds_waited
 
             memory = model.encode_video(sampled, progress=advance)
-        watch.move(sampled.seconds_waited, "vision", "decode")
+        watch.move(waited, "vision", "decode")
         chat = VideoChat(model, processor, memory, **selection, max_new_tokens=max_new_tokens)
         watch.lap("compress")
         indices = sampled.numbers[sampled.numbers >= 0].tolist()

@@ -251,7 +251,8 @@ def config_from_original(
     vision_config = _vision_config(src, source["mm_vision_tower"], len(shapes))
     if vision_config.model_type.startswith("siglip"):
         vision_config.vision_use_head = any(name.startswith(f"{tower}head.") for name in shapes)
-    text_config = _text_config(source)
+    with explained(f"{src / 'config.json'} describes no model that can be built"):
+        text_config = _text_config(source)
     if new_compressor:
         config = MambaMiaCompressorConfig.for_language_model(text_config, initialization="released")
         config.input_size = vision_config.hidden_size
