@@ -97,8 +97,8 @@ def served(checkpoint, media, budget=(), **kwargs):
 
 @pytest.fixture(scope="module")
 def bundled(media):
-    """The checkpoint of the package: one token per frame, every frame unless a request has a budget."""
-    yield from served(BUNDLED_CHECKPOINT, media, max_model_len=2048)
+    """The checkpoint of the package: one token and a time per frame, every frame unless a request has a budget."""
+    yield from served(BUNDLED_CHECKPOINT, media, max_model_len=4096)
 
 
 def write_checkpoint(folder: Path, time_format: str | None = None, **config) -> Path:
@@ -322,12 +322,12 @@ def test_frames(both, about):
     check_same(answer, transformers.generate(inputs))
 
 
-def test_frames_without_times(bundled, timed):
+def test_frames_without_times(vicuna, timed):
     prompt = "<|vision_start|><|video_pad|><|vision_end|>What?"
     inputs = {"prompt": prompt, "multi_modal_data": {"video": frames(30)}}
-    transformers, engine = bundled
+    transformers, engine = vicuna
     (answer,) = engine.generate([inputs])
-    processed = transformers.processor(text=prompt, videos=[frames(30)], return_tensors="pt")
+    processed = transformers.processor(text=prompt, videos=[frames(30)], return_tensors="pt", **transformers.server)
     check_same(answer, transformers.generate(processed))
     with pytest.raises(ValueError, match="frame_time_format='mm:ss.d' needs the time of each frame"):
         timed[1].generate([inputs])

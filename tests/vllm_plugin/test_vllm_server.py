@@ -32,7 +32,7 @@ DEMO = Path(BUNDLED_CHECKPOINT).parent / "demo" / "needle.mp4"
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 SHAPE = "What shape appears in the video?"
 # Tokens that the server reads.
-CONTEXT = 200
+CONTEXT = 1000
 
 
 def documented_command() -> list[str]:
