@@ -21,7 +21,7 @@ def logits(model: torch.nn.Module, processor) -> torch.Tensor:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"keep_ratio": 0.5},
+        processor_kwargs={"keep_ratio": 0.5, "video_metadata": [{"fps": 2.0}]},
     )
     with torch.no_grad():
         return model(**inputs).logits
