@@ -206,7 +206,8 @@ def test_paths(visit, tmp_path):
     visitor = visit()
     visitor.open_tab("Path")
     box = visitor.page.locator("#mm-path textarea, #mm-path input")
-    for path in (tmp_path / "missing.mp4", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "missing.mp4", tmp_path / "empty"):  # neither's name is in the error of the other
         box.fill(str(path))
         box.press("Enter")
         visitor.page.locator("#mm-status [role=alert]").get_by_text(path.name).wait_for()
