@@ -4,14 +4,11 @@ import base64
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from PIL import Image
-from program import COMMAND, environment
+from program import COMMAND, environment, wait_for_server
 from transformers.utils.import_utils import is_serve_available
 from video_files import write_video
 
@@ -42,15 +39,6 @@ class Server:
             self.process = subprocess.Popen(command, env=environment(**variables), stdout=file, stderr=file)
         self.address = f"http://localhost:{port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
-
-    def wait(self) -> None:
-        while True:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                with urlopen(f"{self.address}/health"):
-                    return
-            except URLError:
-                time.sleep(0.2)
 
     def create(self, *content, messages=(), stream=False, **chat_template_kwargs):
         entries = [entry if isinstance(entry, dict) else {"type": "text", "text": entry} for entry in content]
@@ -110,7 +98,7 @@ def server(request, tmp_path_factory):
         command = [sys.executable, "-c", STRANGER, "serve", model, *options]
     server = Server(command, model, port, folder / "log.txt")
     try:
-        server.wait()
+        wait_for_server(server.process, server.address, server.log)
         yield server
     finally:
         server.process.terminate()

@@ -4,7 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 
 COMMAND = [sys.executable, "-m", "mambamia_hf"]
@@ -24,6 +28,17 @@ def run_program(*arguments, encoding: str = "utf-8", **kwargs) -> subprocess.Com
         encoding=encoding,
         **kwargs,
     )
+
+
+def wait_for_server(process: subprocess.Popen, address: str, log: Path) -> None:
+    """Until a server of OpenAI's format answers; what it wrote is shown if it ends before."""
+    while True:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urlopen(f"{address}/health"):
+                return
+        except URLError:
+            time.sleep(0.2)
 
 
 def interrupt(process: subprocess.Popen) -> None:

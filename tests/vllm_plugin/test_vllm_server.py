@@ -9,15 +9,12 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from asked_of_both import MAX_NEW_TOKENS, Answer, Transformers, check_same, for_servers, image, video
 from PIL import Image
-from program import environment
+from program import environment, wait_for_server
 from video_files import write_video
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, MambaMiaProcessor
@@ -64,15 +61,6 @@ class Server:
         self.address = f"http://localhost:{port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
 
-    def wait(self) -> None:
-        while True:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                with urlopen(f"{self.address}/health"):
-                    return
-            except URLError:
-                time.sleep(0.5)
-
     def create(self, messages, stream: bool = False, **options):
         return self.client.chat.completions.create(
             model=BUNDLED_CHECKPOINT,
@@ -105,7 +93,7 @@ def folder(tmp_path_factory):
 def server(folder):
     server = Server(folder)
     try:
-        server.wait()
+        wait_for_server(server.process, server.address, server.log)
         yield server
     finally:
         server.process.terminate()
