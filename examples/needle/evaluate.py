@@ -10,7 +10,6 @@ second where they are closer.
 import argparse
 import json
 import os
-import re
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,7 @@ from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, Ma
 from mambamia_hf.files import atomic_write
 
 from .plan import TASKS
-from .questions import Question, task_question
+from .questions import Question, accepted_answers, task_question
 from .video import write_needle_video
 
 
@@ -39,17 +38,7 @@ def load(checkpoint: str) -> tuple[MambaMiaForConditionalGeneration, MambaMiaPro
 
 def matches(question: Question, given: str, interval: float) -> bool:
     """Whether the answer `given` is right, where sampled frames are `interval` seconds apart."""
-    expected = _seconds(question.answer)
-    if expected is None:
-        return given == question.answer
-    time = _seconds(given)
-    return time is not None and abs(time - expected) <= max(interval, 1.0)
-
-
-def _seconds(text: str) -> int | None:
-    """A time `mm:ss` in seconds; None for any other text."""
-    match = re.fullmatch(r"(\d\d):([0-5]\d)", text)
-    return None if match is None else 60 * int(match[1]) + int(match[2])
+    return given in accepted_answers(question, interval)
 
 
 @dataclass

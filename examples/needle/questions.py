@@ -1,5 +1,7 @@
 """Questions about needle videos and stills, with their answers: open ones, and multiple choice with four options."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -150,6 +152,16 @@ def when_question(needle: Needle, rng: np.random.Generator | Random) -> Question
     """When `needle` appears in a video, in random words; the answer is the time at which it starts, as `mm:ss`."""
     text = str(rng.choice(OPEN_QUESTIONS["when"])).format(medium="video", value=needle.value)
     return Question(text, (), format_time(needle.start, "mm:ss"))
+
+
+def accepted_answers(question: Question, interval: float) -> list[str]:
+    """The answers that count as right, where sampled frames are `interval` seconds apart: the answer itself, or times
+    that are off by at most one interval, or by a second where it is shorter."""
+    match = re.fullmatch(r"(\d\d):([0-5]\d)", question.answer)
+    if match is None:
+        return [question.answer]
+    time, margin = 60 * int(match[1]) + int(match[2]), math.floor(max(interval, 1.0))
+    return [format_time(second, "mm:ss") for second in range(max(time - margin, 0), min(time + margin, 5999) + 1)]
 
 
 def needle_multiple_choice(needle: Needle, medium: str, seed: int) -> Question:

@@ -21,7 +21,14 @@ from tqdm import tqdm
 from mambamia_hf.files import atomic_write
 
 from .plan import TASKS, NeedleVideo
-from .questions import needle_multiple_choice, needle_questions, questions, task_question, when_question
+from .questions import (
+    accepted_answers,
+    needle_multiple_choice,
+    needle_questions,
+    questions,
+    task_question,
+    when_question,
+)
 from .video import needle_image, write_needle_video
 
 
@@ -66,11 +73,14 @@ def write_training_video(
 
 
 def write_test_video(folder: Path, seed: int, num_frames: int, tasks: Sequence[str]) -> list[Record]:
-    """Writes an H.264 file of the test split and asks the question of its task, one of `tasks` in turn."""
+    """Writes an H.264 file of the test split and asks the question of its task, one of `tasks` in turn.
+
+    `answers` of the record are those that count as right.
+    """
     video = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test", tasks)
     question = task_question(video, seed)
     record = make_record("video", f"{seed}.mp4", num_frames, question.prompt, question.answer)
-    return [record | {"task": video.task}]
+    return [record | {"task": video.task, "answers": accepted_answers(question, video.duration / num_frames)}]
 
 
 def write_spaced_video(

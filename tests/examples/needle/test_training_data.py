@@ -72,3 +72,13 @@ def test_test_videos(tmp_path):
 def test_test_videos_of_some_tasks(tmp_path):
     main(["test_videos", "--output", str(tmp_path), "--count", "3", "--num_frames", "8", "--tasks", "when", "nothing"])
     assert [record["task"] for record in read(tmp_path)] == ["when", "nothing", "when"]
+
+
+def test_answers_of_test_videos_that_count_as_right(tmp_path):
+    main(["test_videos", "--output", str(tmp_path), "--count", "5", "--num_frames", "8"])
+    records = read(tmp_path)
+    assert [record["task"] for record in records] == list(TASKS)
+    for record in records:
+        answer = record["conversations"][1]["value"]
+        assert answer in record["answers"]
+        assert len(record["answers"]) == 1 or (record["task"] == "when" and len(record["answers"]) >= 3)
