@@ -1,0 +1,1 @@
+"""The task `mambamia_needle` of lmms-eval."""
