@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, S
 from transformers.generation.streamers import BaseStreamer
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration, MambaMiaModel
+from mambamia_hf.modeling_mambamia import MambaMiaCausalLMOutputWithPast
+from mambamia_hf.prompt_tokens import take_tokens
 from mambamia_hf.versions import CACHE_NAME
 
 
@@ -96,6 +98,11 @@ def kept_batch(model: MambaMiaForConditionalGeneration, batch: dict[str, Tensor]
     }
 
 
+def kept_logits(output: MambaMiaCausalLMOutputWithPast) -> Tensor:
+    """The logits of the tokens that are left, left-padded."""
+    return take_tokens(output.logits, output.token_indices, 0)
+
+
 class Recorder(BaseStreamer):
     def __init__(self):
         self.values, self.ended = [], False
@@ -150,10 +157,47 @@ def test_forward_gives_the_logits_of_what_was_kept(model, video):
     row = {"input_ids": PROMPT, "pixel_values_videos": video}
     output = model(**row)
     expected = text_model(model)(inputs_embeds=kept_embeddings(model, row))
-    torch.testing.assert_close(output.logits, expected.logits)
-    assert output[CACHE_NAME].get_seq_length() == output.logits.shape[1] < PROMPT.shape[1]
+    torch.testing.assert_close(kept_logits(output), expected.logits)
+    assert output[CACHE_NAME].get_seq_length() == expected.logits.shape[1] < PROMPT.shape[1]
     kept = output.keep_mask[0].repeat_interleave(NUM_ANCHORS).nonzero().flatten() + 2
     assert output.token_indices.tolist() == [[0, 1, *kept.tolist(), LONG * NUM_ANCHORS + 2, LONG * NUM_ANCHORS + 3]]
+
+
+def test_states_and_logits_are_as_long_as_the_prompt(model, batch):
+    """What reads hidden states beside labels, as TRL does, need not know that frames were dropped."""
+    output = model(**batch, output_hidden_states=True)
+    states = model.model(**batch).last_hidden_state
+    assert output.token_indices.shape[1] < batch["input_ids"].shape[1]
+    inputs = kept_batch(model, batch)
+    expected = text_model(model)(**inputs, output_hidden_states=True)
+    for full, kept in zip((states, *output.hidden_states), (None, *expected.hidden_states), strict=True):
+        kept = expected.hidden_states[-1] if kept is None else kept
+        assert full.shape[:2] == batch["input_ids"].shape
+        for row, indices in enumerate(output.token_indices):
+            real = indices >= 0
+            torch.testing.assert_close(full[row, indices[real]], kept[row, real], atol=1e-5, rtol=1e-4)
+            # Each token that is left follows from the place before it.
+            torch.testing.assert_close(full[row, indices[real][1:] - 1], kept[row, real][:-1], atol=1e-5, rtol=1e-4)
+            silent = torch.ones(full.shape[1], dtype=torch.bool)
+            silent[indices[real]] = silent[indices[real][1:] - 1] = False
+            assert silent.any() and not full[row, silent].any()
+
+
+def test_the_token_after_a_dropped_frame_has_its_scores(video):
+    """A caption may follow its video at once."""
+    model = tiny_model(compressor_config={"gpa_dropout": 0.0})
+    ids = prompt([5, 6], LONG, [7, 8, 9])
+    labels = torch.full_like(ids, -100)
+    labels[:, -3:] = ids[:, -3:]
+    threshold = model.config.delta_threshold
+    embeds = kept_embeddings(model, {"input_ids": ids, "pixel_values_videos": video})
+    output = model.train()(ids, pixel_values_videos=video, delta_threshold=threshold, labels=labels)
+    assert not output.keep_mask[0, -1]
+    kept_labels = torch.nn.functional.pad(labels[:, -3:], (embeds.shape[1] - 3, 0), value=-100)
+    expected = text_model(model)(inputs_embeds=embeds, labels=kept_labels).loss
+    torch.testing.assert_close(output.loss, expected)
+    shifted = torch.nn.functional.cross_entropy(output.logits[0, :-1], labels[0, 1:])
+    torch.testing.assert_close(shifted, expected)
 
 
 def test_forward_of_a_batch_gives_what_each_prompt_gives_alone(model, batch, kept):
@@ -162,7 +206,8 @@ def test_forward_of_a_batch_gives_what_each_prompt_gives_alone(model, batch, kep
     assert (output.token_indices[1] == -1).sum() == (kept[0] - kept[1]) * NUM_ANCHORS
     for row in range(2):
         alone = model(**row_alone(batch, row)).logits[0]
-        torch.testing.assert_close(output.logits[row, -len(alone) :], alone, atol=1e-5, rtol=1e-4)
+        tokens = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(output.logits[row, tokens], alone, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padding", [(3, 0), (0, 2)])
@@ -170,7 +215,8 @@ def test_padding_leaves_with_the_dropped_frames(model, batch, padding):
     row = row_alone(batch, 1)
     padded = {name: torch.nn.functional.pad(row[name], padding) for name in ("input_ids", "attention_mask")}
     output = model(**{**row, **padded})
-    torch.testing.assert_close(output.logits, model(**row).logits)
+    tokens = padded["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[tokens], model(**row).logits[0])
     assert output.token_indices[0, 0] == padding[0]
 
 
@@ -314,7 +360,7 @@ def test_several_videos_and_images_in_a_prompt(model, video, short_video):
     text = iter(model.get_input_embeddings()(torch.tensor([5, 6, 7, 8, 9])).split(1))
     parts = [image_tokens[0], video_tokens[0], video_tokens[1], image_tokens[1]]
     embeds = torch.cat([next(text), *[piece for part in parts for piece in (part, next(text))]])[None]
-    torch.testing.assert_close(output.logits, text_model(model)(inputs_embeds=embeds).logits)
+    torch.testing.assert_close(kept_logits(output), text_model(model)(inputs_embeds=embeds).logits)
     torch.testing.assert_close(output.image_hidden_states, torch.cat(image_tokens))
     torch.testing.assert_close(output.video_hidden_states, torch.cat(video_tokens))
 
@@ -332,7 +378,7 @@ def test_videos_without_a_token_between_them(model, short_video):
     tokens = model.get_video_features(videos).pooler_output
     embed = model.get_input_embeddings()
     embeds = torch.cat([embed(torch.tensor([5])), *tokens, embed(torch.tensor([6]))])[None]
-    torch.testing.assert_close(joined.logits, text_model(model)(inputs_embeds=embeds).logits)
+    torch.testing.assert_close(kept_logits(joined), text_model(model)(inputs_embeds=embeds).logits)
 
 
 def test_an_image_prompt(model, video):
@@ -487,7 +533,7 @@ def test_position_ids(model, batch):
     expected = text_model(model)(
         **kept_batch(model, batch), position_ids=positions.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, 0)
     )
-    torch.testing.assert_close(output.logits[kept >= 0], expected.logits[kept >= 0])
+    torch.testing.assert_close(kept_logits(output)[kept >= 0], expected.logits[kept >= 0])
     assert not torch.allclose(output.logits[0], model(**batch).logits[0])
 
 
@@ -499,7 +545,7 @@ def test_a_video_after_cached_turns(model, video):
         model(first, past_key_values=cache)
         second = model(PROMPT, pixel_values_videos=video, past_key_values=cache, attention_mask=mask)
         torch.testing.assert_close(second.logits, whole.logits[:, 4:])
-        assert cache.get_seq_length() == whole.logits.shape[1]
+        assert cache.get_seq_length() == whole.token_indices.shape[1]
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
@@ -529,7 +575,7 @@ def test_end_of_frame_vector(video):
     expected = text_model(model)(
         inputs_embeds=kept_embeddings(model, {"input_ids": ids, "pixel_values_videos": video})
     )
-    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(kept_logits(output), expected.logits)
 
 
 def test_placeholders_beyond_the_vocabulary(model, video):
@@ -838,8 +884,11 @@ def test_trainer_takes_a_step(batch, tmp_path):
     assert {name.split(".")[1] for name in moved} >= {"vision_tower", "compressor", "language_model"}
 
 
-def test_trainer_evaluates_and_predicts_with_logits_alone(batch, tmp_path):
+@pytest.mark.parametrize("budget", [None, 2])
+def test_trainer_evaluates_and_predicts_with_logits_alone(batch, budget, tmp_path):
     model = tiny_model(delta_threshold=None).eval()
+    if budget is not None:
+        batch = {**batch, "num_kept_frames": torch.tensor([budget, budget])}
     rows = [{key: value[row] for key, value in batch.items()} for row in range(2)]
     rows = [{**row, "labels": row["input_ids"]} for row in rows]
     arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=1, report_to="none", use_cpu=True)
@@ -946,7 +995,7 @@ def test_attention_implementations(model, batch, implementation, tmp_path):
     if implementation == "flex_attention":  # compiles; that it loads is what matters here
         return
     expected = model(**batch)
-    tokens = expected.token_indices >= 0
+    tokens = batch["attention_mask"].bool()
     torch.testing.assert_close(loaded(**batch).logits[tokens], expected.logits[tokens], atol=1e-5, rtol=1e-4)
     for other in ("eager", "sdpa"):
         loaded.set_attn_implementation(other)

@@ -13,7 +13,9 @@ from mambamia_hf.prompt_tokens import (
     DroppedTokens,
     kept_indices,
     placeholder_counts,
+    put_back_states,
     resolve_budgets,
+    staying_tokens,
     take_tokens,
     tokens_to_keep,
 )
@@ -42,6 +44,17 @@ def test_videos_have_the_runs_of_placeholders():
     assert placeholder_counts(places(".vvvv."), [4, 4], [2, 2]) == [2, 2]
     with pytest.raises(ValueError, match="2 runs of video placeholders and there are 1 videos"):
         placeholder_counts(places("vv.v"), [2])
+
+
+def test_states_go_back_to_their_places():
+    indices = torch.tensor([[-1, -1, 2, 3, 6], [0, 1, 4, 5, 7]])  # the first row begins with two tokens of padding
+    assert staying_tokens(indices, 8).int().tolist() == [[0, 0, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1, 0, 1]]
+    states = torch.arange(1.0, 11).view(2, 5, 1).requires_grad_()
+    full = put_back_states(states, indices, 8)
+    assert full[..., 0].tolist() == [[0, 0, 3, 4, 0, 4, 5, 0], [6, 7, 0, 7, 8, 9, 9, 10]]
+    torch.testing.assert_close(take_tokens(full, indices, 0)[indices >= 0], states[indices >= 0])
+    full.sum().backward()
+    assert states.grad[..., 0].tolist() == [[0, 0, 1, 2, 1], [1, 2, 1, 2, 1]]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ from .prompt_tokens import (
     check_cached_tokens,
     kept_indices,
     note_dropped_tokens,
+    put_back_states,
     resolve_budgets,
+    staying_tokens,
     take_tokens,
     tokens_to_keep,
 )
@@ -95,6 +97,10 @@ class _MediaProperties:
 class MambaMiaModelOutputWithPast(_MediaProperties, BaseModelOutputWithPast):
     """The fields of `BaseModelOutputWithPast`, where a Mamba's cache keeps its own name, and:
 
+    States are as long as the prompt. Where frames were dropped, the language model did not read their tokens, and the
+    states there are zero, but for a place directly before a token that is left, which has the state from which that
+    token follows. Attentions are among the tokens that are left.
+
     Args:
         image_outputs, video_outputs (`MambaMiaFeaturesOutput`, *optional*):
             Features of the images and of the videos.
@@ -114,8 +120,8 @@ class MambaMiaCausalLMOutputWithPast(_MediaProperties, CausalLMOutputWithPast):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
             Next-token loss, plus the cost of Δ where the configuration has a `delta_loss_coef`.
-        logits (`torch.FloatTensor` of shape `(batch_size, kept_length, vocab_size)`):
-            Scores of the next token, for the tokens that are left where frames were dropped.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the next token that is left; zero at dropped places, but for one directly before such a token.
     """
 
     image_outputs: MambaMiaFeaturesOutput | None = None
@@ -535,18 +541,23 @@ class MambaMiaModel(MambaMiaEncoderBase):
             **{cache_name: cache},
             **kwargs,
         )
+        last_hidden_state, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
+        if (indices := embedded.token_indices) is not None:
+            last_hidden_state = put_back_states(last_hidden_state, indices, length)
+            if hidden_states is not None:
+                hidden_states = tuple(put_back_states(states, indices, length) for states in hidden_states)
         output = MambaMiaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.get("hidden_states"),
+            last_hidden_state=last_hidden_state,
+            hidden_states=hidden_states,
             attentions=outputs.get("attentions"),
             image_outputs=embedded.outputs.get("image"),
             video_outputs=embedded.outputs.get("video"),
-            token_indices=embedded.token_indices,
+            token_indices=indices,
         )
         if (cache := outputs.get(cache_name)) is not None:
             output[cache_name] = cache
-            if embedded.token_indices is not None:
-                note_dropped_tokens(cache, past_length, embedded.token_indices, length)
+            if indices is not None:
+                note_dropped_tokens(cache, past_length, indices, length)
         return output
 
 
@@ -723,7 +734,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         """
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Tokens to predict, -100 for those that do not count; they leave with dropped frames as the prompt does.
+                Tokens to predict, -100 for those that do not count, nor do those of dropped frames.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 The last positions, or the indices of the positions, of all rows or `(batch_size, num_positions)`, that
                 get logits; 0 for all.
@@ -755,7 +766,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         logits = self.lm_head(_positions_of(outputs.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else self._loss(logits, labels, outputs, num_items_in_batch, **kwargs)
+        loss = None if labels is None else self._loss(labels, outputs, num_items_in_batch, **kwargs)
         output = MambaMiaCausalLMOutputWithPast(loss=loss, logits=logits)
         for name, value in outputs.items():
             if name != "last_hidden_state":
@@ -764,25 +775,32 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
     def _loss(
         self,
-        logits: Tensor,
         labels: Tensor,
         outputs: MambaMiaModelOutputWithPast,
         num_items_in_batch: int | Tensor | None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Next-token loss, plus `delta_loss_coef` times the mean Δ of the videos."""
+        """Next-token loss, plus `delta_loss_coef` times the mean Δ of the videos.
+
+        Only the positions that count go through the head: a prompt may have thousands of tokens and an answer a few.
+        """
+        states = outputs.last_hidden_state
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        targets = targets.to(states.device)
         if outputs.token_indices is not None:
-            labels = take_tokens(labels, outputs.token_indices, -100)
-            kwargs.pop("shift_labels", None)  # follow from the labels that are left
-        shifted = kwargs.get("shift_labels")
-        num_items = ((labels[:, 1:] if shifted is None else shifted) != -100).sum()
+            stays = staying_tokens(outputs.token_indices.to(states.device), states.shape[1])
+            targets = targets.masked_fill(~nn.functional.pad(stays[:, 1:], (0, 1)), -100)
+        counts = targets != -100
+        num_items = counts.sum()
         items_in_batch = torch.as_tensor(num_items if num_items_in_batch is None else num_items_in_batch)
         items_in_batch = items_in_batch.clamp(min=1)  # avoids 0/0 when all labels are -100
         loss = self.loss_function(
-            logits,
-            labels,
+            self.lm_head(states[counts]),
+            None,
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=items_in_batch,
+            shift_labels=targets[counts],
             **kwargs,
         )
         videos = outputs.video_outputs

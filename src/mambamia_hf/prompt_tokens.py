@@ -131,6 +131,39 @@ def take_tokens(tensor: Tensor, indices: Tensor, padding: float) -> Tensor:
     return taken.masked_fill((indices < 0).view(*indices.shape, *[1] * (tensor.ndim - 2)), padding)
 
 
+def staying_tokens(token_indices: Tensor, length: int) -> Tensor:
+    """`(batch_size, length)`, True for the tokens of a prompt that are left.
+
+    Args:
+        token_indices: `(batch_size, kept_length)`, -1 for padding.
+        length: of the prompt.
+    """
+    places = token_indices.masked_fill(token_indices < 0, length)  # padding goes one beyond the end
+    stays = torch.zeros(len(places), length + 1, dtype=torch.bool, device=places.device)
+    return stays.scatter(1, places, True)[:, :length]
+
+
+def put_back_states(states: Tensor, token_indices: Tensor, length: int) -> Tensor:
+    """States of the tokens that are left, at the places of these tokens in the prompt: undoes [`take_tokens`].
+
+    Dropped places are zero, but for one directly before a token that is left: it has the state from which that token
+    follows, so that position `i` scores token `i + 1` as without dropped tokens.
+
+    Args:
+        states: `(batch_size, kept_length, ...)`.
+        token_indices: `(batch_size, kept_length)`, -1 for the padding on the left.
+        length: of the prompt.
+
+    Returns:
+        `(batch_size, length, ...)`.
+    """
+    stays = staying_tokens(token_indices, length)
+    padding = (token_indices < 0).sum(dim=1, keepdim=True).to(stays.device)
+    latest = stays.cumsum(dim=1)  # how many tokens are left up to each place
+    foretells = nn.functional.pad(stays[:, 1:], (0, 1)) & (latest > 0)
+    return take_tokens(states, (padding + latest - 1).masked_fill(~(stays | foretells), -1), 0)
+
+
 def cached_length(cache: Cache | None) -> int:
     """The number of tokens in a cache; 0 for one of state-space layers alone, which tracks no length."""
     return 0 if cache is None or all(cache.is_linear) else int(cache.get_seq_length())
@@ -235,7 +268,9 @@ __all__ = [
     "kept_indices",
     "note_dropped_tokens",
     "placeholder_counts",
+    "put_back_states",
     "resolve_budgets",
+    "staying_tokens",
     "take_tokens",
     "tokens_to_keep",
 ]
