@@ -123,7 +123,8 @@ def test_frames_that_are_not_square(vision, tmp_path):
 
 
 def test_frozen_vision_tower_stays_as_it_is():
-    model = build(vision="resnet")
+    model = build(vision="siglip")
+    model.config.vision_config.attention_dropout = 0.5
     frames = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     before = model.eval().model.encode_frames(frames).last_hidden_state
     model.model.vision_tower.requires_grad_(False)
@@ -132,7 +133,20 @@ def test_frozen_vision_tower_stays_as_it_is():
     assert torch.equal(model.model.encode_frames(frames).last_hidden_state, before)
     model.model.vision_tower.requires_grad_(True)
     model.train()
-    assert not torch.equal(model.model.encode_frames(frames).last_hidden_state, before)
+    assert all(module.training for module in model.modules())
+
+
+def test_batch_norms_of_a_vision_tower_keep_their_statistics():
+    """Frames of one video have others; with them, the bundled model began a training with a loss of 5.5, not 0."""
+    model = build(vision="resnet")
+    frames = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    before = model.eval().model.encode_frames(frames).last_hidden_state
+    features = model.train().model.encode_frames(frames).last_hidden_state
+    assert torch.equal(features, before)
+    features.sum().backward()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert any(norm.weight.grad is not None for norm in norms)
+    assert not any(norm.num_batches_tracked for norm in norms)
 
 
 def test_clip_class_token_is_dropped():

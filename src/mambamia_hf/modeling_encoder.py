@@ -80,6 +80,9 @@ class MambaMiaFeaturesOutput(BaseModelOutputWithPooling):
     frame_mask: Tensor | None = None
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 class MambaMiaPreTrainedModel(PreTrainedModel):
     config: MambaMiaConfig
     config_class = MambaMiaConfig
@@ -130,10 +133,13 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         self.end_of_frame = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.end_of_frame else None
 
     def train(self, mode: bool = True) -> "MambaMiaEncoderBase":
-        """As any module's, but a frozen vision tower stays in evaluation mode: its features never change."""
+        """As any module's, but a frozen vision tower stays in evaluation mode: its features never change. So do the
+        batch norms of any tower: a batch is the frames of a few videos, whose statistics are not those of all."""
         super().train(mode)
-        if self.vision_tower_is_frozen:
-            self.vision_tower.eval()
+        is_frozen = self.vision_tower_is_frozen
+        for module in self.vision_tower.modules():
+            if is_frozen or isinstance(module, _BATCH_NORMS):
+                module.training = False
         return self
 
     @property
