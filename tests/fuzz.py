@@ -61,6 +61,8 @@ SOURCES: list[tuple[str, dict[str, str], str, dict[str, str]]] = [
 ]
 FAILURES = ("crash", "hang", "error", "other picture")
 
+PlainFrame = tuple[np.ndarray, float | None, bool]  # picture, time, whether FFmpeg knows that it is damaged
+
 
 @dataclass
 class Source:
@@ -112,24 +114,29 @@ def make_source(index: int, folder: Path) -> Source | None:
             with_sound=suffix in ("mp4", "mkv") and index % 2 == 0,
             images=[draw_number(number) for number in range(NUM_FRAMES)],
         )
-        pictures = np.stack([picture for picture, _ in plain_frames(path)])
+        pictures = np.stack([picture for picture, _, _ in plain_frames(path)])
     except (av.FFmpegError, ValueError, OverflowError):
         return None
     extra = "".join(f" {value}" for value in (*options.values(), *container_options.values()) if not value.isdigit())
     return Source(f"{codec} in {suffix}{extra}", suffix, path.read_bytes(), pictures)
 
 
-def plain_frames(path: Path) -> Iterator[tuple[np.ndarray, bool]]:
-    """The pictures that FFmpeg alone gives from the start on, and whether it knows that they are damaged."""
+def plain_frames(path: Path) -> Iterator[PlainFrame]:
+    """The pictures that FFmpeg alone gives from the start on, their times, and whether it knows that they are damaged.
+
+    All have the size that the file states.
+    """
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_count = 1  # VP8 notices less of the damage in several threads, or other
+        stream = container.streams.video[0]
+        size = {"width": stream.codec_context.width or None, "height": stream.codec_context.height or None}
+        stream.thread_count = 1  # VP8 notices less of the damage in several threads, or other
         for packet in container.demux(video=0):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
                 continue
             for frame in frames:
-                yield frame.reformat(format="rgb24").to_ndarray(), bool(frame.is_corrupt)
+                yield frame.reformat(**size, format="rgb24").to_ndarray(), frame.time, bool(frame.is_corrupt)
 
 
 def random_edit(random: random.Random, content: bytes, other: bytes) -> Edit:
@@ -199,7 +206,7 @@ WAYS: dict[str, Callable[[Path], tuple[np.ndarray, list[int], list[float]]]] = {
 def check(path: Path, source: Source) -> Result:
     """Reads a damaged file in every way and compares."""
     result = Result()
-    plain: list[tuple[np.ndarray, bool]] | None = None
+    plain: list[PlainFrame] | None = None
     for way, read in WAYS.items():
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -233,7 +240,7 @@ def _compare(
     indices: list[int],
     times: list[float],
     source: Source,
-    plain: list[tuple[np.ndarray, bool]],
+    plain: list[PlainFrame],
     result: Result,
 ) -> None:
     """Adds what is wrong with frames that came without a warning."""
@@ -246,10 +253,10 @@ def _compare(
             shifts.add(round(time * FPS) - number)
         if is_known and number == index:
             continue
-        alone, alone_knows = plain[index] if index < len(plain) else (None, False)
+        alone, _, alone_knows = plain[index] if index < len(plain) else (None, None, False)
         alone_is_right = alone is not None and index < len(source.pictures)
         alone_is_right = alone_is_right and not _differ(alone, source.pictures[index])
-        if alone_is_right:
+        if alone_is_right and not any(not _differ(picture, other) for other in _shown_at(time, plain)):
             result.problems.append(("other picture", f"{way}: frame {index} is wrong, and right by FFmpeg alone"))
         elif not is_known:
             kind = "other picture" if alone_knows else "unnoticed picture"
@@ -257,6 +264,12 @@ def _compare(
             result.problems.append((kind, f"{way}: frame {index} is damaged{known}"))
     if len(shifts) > 1:
         result.problems.append(("unnoticed time", f"{way}: times are off by {sorted(shifts)} frames"))
+
+
+def _shown_at(time: float, plain: list[PlainFrame]) -> list[np.ndarray]:
+    """What FFmpeg alone gives at this time: of a damaged file also where it counts other frames before it."""
+    times = [start for _, start, _ in plain if start is not None]
+    return [picture for picture, at, _ in plain if at is not None and abs(at - min(times) - time) < 0.5 / FPS]
 
 
 def _differ(picture: np.ndarray, other: np.ndarray) -> bool:

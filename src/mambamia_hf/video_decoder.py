@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from fractions import Fraction
@@ -12,11 +13,13 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from .video_sources import VideoLimits
+from .video_times import MAX_REORDERED
 
 
 _PYAV_VERSION = int(av.__version__.split(".")[0])
@@ -82,6 +85,11 @@ def may_jump(container: InputContainer) -> bool:
     return bool(int(container.format.flags) & _TIMES_MAY_JUMP)
 
 
+def is_b_frame(frame: av.VideoFrame) -> bool:
+    """Whether a frame may refer to one that is shown after it."""
+    return frame.pict_type == PictureType.B
+
+
 def is_image(container: InputContainer, num_frames: int) -> bool:
     """Whether a container holds a still image."""
     is_avif = container.metadata.get("major_brand") == "avif"
@@ -144,7 +152,12 @@ class Decoder:
         self.stop = stop
         self.damaged: set[int] = set()
         self.num_errors = 0
-        self._is_damaged = False
+        self._num_threads = threads
+        self._is_damaged = False  # the last frame that came out was, and so are those that refer to it
+        self._num_sent = 0
+        self._place_of_pts: dict[int | None, int] = {}  # of packets whose frames did not come out yet
+        self._lost: tuple[int, int] | None = None  # between which packets one could not be decoded
+        self._between: deque[int] = deque(maxlen=MAX_REORDERED)  # frames since the last that is no B-frame
         self.starts_with_key = True
         self.container, self.stream = open_video(path, name, limits)
         self.stream.thread_type = "AUTO"
@@ -189,11 +202,16 @@ class Decoder:
     def _decode_packet(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         if packet is not None and _repeats_a_frame(packet):
             return []
+        self._num_sent += 1
+        if packet is not None:
+            self._place_of_pts[packet.pts] = self._num_sent
         try:
             return self.stream.codec_context.decode(packet)
         except av.FFmpegError:
             self.num_errors += 1
-            self._is_damaged = True  # the frames that depend on this packet are missing or wrong
+            # An error is told when threads are done with the packet, before the frames of packets before it come out.
+            first = self._num_sent - self._num_threads if self._lost is None else self._lost[0]
+            self._lost = first, self._num_sent
             return []
 
     def numbered(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -203,13 +221,37 @@ class Decoder:
             yield number, frame
 
     def note_damage(self, number: int, frame: av.VideoFrame) -> None:
-        """Takes note whether `frame`, the next that came out, is damaged itself or through one before it."""
-        self._is_damaged = frame.is_corrupt or (self._is_damaged and not frame.key_frame)
+        """Takes note whether `frame`, the next that came out, is damaged itself or through one before it.
+
+        B-frames refer to a frame that is shown after them, too.
+        """
+        self._is_damaged = (
+            frame.is_corrupt or (self._is_damaged and not frame.key_frame) or self._refers_to_a_lost_frame(frame)
+        )
         (self.damaged.add if self._is_damaged else self.damaged.discard)(number)
+        if frame.is_corrupt:
+            self.damaged.update(self._between)
+        if is_b_frame(frame):
+            self._between.append(number)
+        else:
+            self._between.clear()
+
+    def _refers_to_a_lost_frame(self, frame: av.VideoFrame) -> bool:
+        place = self._place_of_pts.pop(frame.pts, None)
+        if self._lost is None:
+            return False
+        first, last = self._lost
+        if frame.key_frame:
+            if place is None or place > last:
+                self._lost = None
+            return False
+        return place is None or place >= first
 
     def forget_damage(self) -> None:
         """Decoding starts anew at another place."""
-        self._is_damaged, self.num_errors = False, 0
+        self._is_damaged, self._lost, self.num_errors = False, None, 0
+        self._place_of_pts.clear()
+        self._between.clear()
 
     def convert(self, frame: av.VideoFrame) -> np.ndarray:
         """See [`PictureMaker.convert`]."""

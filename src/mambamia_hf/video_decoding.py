@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .video_decoder import Decoder, run_in_threads
+from .video_decoder import Decoder, is_b_frame, run_in_threads
 from .video_index import PacketIndex, TimedVideoMetadata, index_by_decoding, read_index
 from .video_sources import VideoLimits, VideoSource, as_local_file
+from .video_times import MAX_REORDERED
 
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -302,6 +303,7 @@ class VideoReader:
                     if stop.is_set():
                         return
                     _decode_group(decoder, packets, start, wanted, images)
+                images.note_damage(decoder.damaged)
 
         run_in_threads(decode_groups, num_decoders, images.stop)
 
@@ -313,6 +315,8 @@ class VideoReader:
                 frames = decoder.numbered(islice(decoder.all_frames(), self._index.num_skipped, None))
                 for picked in _pick(frames, images.wanted):
                     images.put(*picked, decoder)
+                _finish_run_of_b_frames(frames)
+                images.note_damage(decoder.damaged)
 
         run_in_threads(decode_all, 1, images.stop)
 
@@ -458,8 +462,6 @@ class _Images:
             self.size = self.size if any(self.size) else (picture.shape[1], picture.shape[2])
             self._store(places, pixels)
             self.found[places] = number
-            if number in decoder.damaged:
-                self.damaged.add(number)
             if self._bar is not None:
                 self._bar.update(len(places))
 
@@ -467,6 +469,11 @@ class _Images:
         if self.data is None:
             self.data = np.empty((len(self._indices), *pixels.shape), dtype=pixels.dtype)
         self.data[places] = pixels
+
+    def note_damage(self, numbers: set[int]) -> None:
+        """Takes note of those of the frames that are wrong."""
+        with self._lock:
+            self.damaged |= numbers.intersection(self.found.tolist())
 
     def discard(self) -> None:
         """The frames turned out to be wrong."""
@@ -621,10 +628,12 @@ def _decode_group(decoder: Decoder, packets: PacketIndex, start: int, wanted: li
     for key in _entries(packets.starts(start)):
         found = set()
         try:
-            for index, number, frame in _pick(_numbered_frames(decoder, packets, key, wanted), wanted):
+            frames = _numbered_frames(decoder, packets, key, wanted)
+            for index, number, frame in _pick(frames, wanted):
                 if index == number or not decoder.num_errors:  # a frame that is lost has no substitute
                     images.put(index, number, frame, decoder)
                     found.add(index)
+            _finish_run_of_b_frames(frames)
         except _NoKeyFrameError:
             continue
         wanted = [number for number in wanted if number not in found]
@@ -645,8 +654,12 @@ def _entries(starts: np.ndarray) -> list[int]:
 def _numbered_frames(
     decoder: Decoder, packets: PacketIndex, start: int, wanted: list[int]
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Decodes from the packet `start` to the last of the wanted frames; yields frames with their numbers."""
-    num_packets = int(packets.shown[wanted].max()) - start + 1
+    """Decodes from the packet `start` to the last of the wanted frames; yields frames with their numbers.
+
+    Where times are irregular the whole group is decoded: only the frames themselves tell which of the times strays.
+    """
+    is_doubtful = packets.is_irregular_from(start)
+    num_packets = int(packets.end_of_group(start) if is_doubtful else packets.shown[wanted].max() + 1) - start
     # The frame before a wanted one stands in for it where its packet shows nothing.
     needed_pts = set(packets.shown_pts[wanted]) | set(packets.shown_pts[np.maximum(np.array(wanted) - 1, 0)])
     decoder.forget_damage()
@@ -655,7 +668,7 @@ def _numbered_frames(
         for packet in islice(_packets_from(decoder, packets, start), num_packets):
             if packet is None:
                 break
-            if packets.marked:
+            if packets.marked and not is_doubtful:
                 context = decoder.stream.codec_context
                 context.skip_frame = "DEFAULT" if packet.pts in needed_pts else "NONREF"
             yield packet
@@ -712,6 +725,13 @@ def _pick(
         if not pending:
             return
         latest = decoded_frame
+
+
+def _finish_run_of_b_frames(frames: Iterator[tuple[int, av.VideoFrame]]) -> None:
+    """Goes on to the frame that B-frames refer to, which may turn out to be damaged."""
+    for _, frame in islice(frames, MAX_REORDERED):
+        if not is_b_frame(frame):
+            return
 
 
 def _stands_for(number: int, index: int) -> bool:

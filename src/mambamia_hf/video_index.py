@@ -6,7 +6,6 @@ from one group of pictures to the next, and all belong to whole packets. Where a
 file is decoded once to know the frames, and decoded from its start whenever it is asked for some.
 """
 
-import mmap
 import re
 import threading
 import warnings
@@ -21,6 +20,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from transformers.video_utils import VideoMetadata
 
+from .video_damage import damaged_places, flv_tags
 from .video_decoder import UNREADABLE, Decoder, is_image, may_jump, open_video, run_in_threads
 from .video_sources import VideoLimits
 from .video_times import MAX_REORDERED, longest_believable_gap, repaired_times, typical_step
@@ -37,6 +37,9 @@ _CODECS_FROM_THE_START = ("gif", "apng")
 
 # So many frames tell whether the timestamps are those of showing.
 _TRIAL_FRAMES = 100
+
+# How many times as long as the shortest the longest step between two frames may be, where times are rounded.
+_MAX_UNEVENNESS = 1.5
 
 # Containers may round times to milliseconds.
 _TIME_TOLERANCE = 1e-3
@@ -124,6 +127,19 @@ class PacketIndex:
         # A frame that is shown before the key frame it follows in the file needs the key frame before that one.
         return keys[self.pts[keys] <= self.pts[packet]]
 
+    def end_of_group(self, start: int) -> int:
+        """The packet after the last one of the group of pictures that begins with the key frame `start`."""
+        following = self.keys[np.searchsorted(self.keys, start, side="right") :]
+        return int(following[0]) if len(following) else len(self.pts)
+
+    def is_irregular_from(self, start: int) -> bool:
+        """Whether frames of that group are shown in another order than that of the file, and not evenly in time.
+
+        Then one of the times may be wrong without being out of the group.
+        """
+        steps = np.diff(np.sort(self.pts[start : self.end_of_group(start)]))
+        return self.may_be_reordered and len(steps) > 0 and bool(steps.max() > _MAX_UNEVENNESS * steps.min())
+
 
 class _Packets(NamedTuple):
     """What the packets say, in decoding order, and whether the file ends too early."""
@@ -133,6 +149,7 @@ class _Packets(NamedTuple):
     is_shown: np.ndarray
     is_corrupt: np.ndarray
     durations: list[int]
+    positions: list[int]
     is_cut: bool
 
 
@@ -149,7 +166,7 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
         ValueError: if the file holds no readable video, an image, or no frame.
 
     Warns:
-        UserWarning: if the file is cut off, or its times cannot be trusted.
+        UserWarning: if the file is cut off or damaged, or its times cannot be trusted.
     """
     container, stream = open_video(path, name, limits)
     with container:
@@ -160,6 +177,7 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
             raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
         announced = _announced_duration(container, stream, packets)
         index = _index_by_packets(packets, container, stream)
+        _warn_of_damage(packets, container, stream, path, name)
         needs_decoding = _needs_the_start(container, stream, path)
     if (
         index is None
@@ -178,7 +196,7 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
 
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
-    pts, is_key, is_shown, is_corrupt, durations = [], [], [], [], []
+    pts, is_key, is_shown, is_corrupt, durations, positions = [], [], [], [], [], []
     is_cut = False
     is_vp8 = stream.codec_context.name == "vp8"
     try:
@@ -190,11 +208,14 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
             is_shown.append(packet.size > 0 and not packet.is_discard and not (is_vp8 and _is_hidden_in_vp8(packet)))
             is_corrupt.append(packet.is_corrupt)
             durations.append(packet.duration or 0)
+            positions.append(packet.pos or 0)
     except UNREADABLE:
         is_cut = True
     if is_corrupt and is_corrupt[-1]:
         is_cut, is_corrupt[-1], is_shown[-1] = True, False, False
-    return _Packets(pts, np.array(is_key), np.array(is_shown, dtype=bool), np.array(is_corrupt), durations, is_cut)
+    return _Packets(
+        pts, np.array(is_key), np.array(is_shown, dtype=bool), np.array(is_corrupt), durations, positions, is_cut
+    )
 
 
 def _is_hidden_in_vp8(packet: av.Packet) -> bool:
@@ -256,16 +277,14 @@ def _needs_the_start(container: InputContainer, stream: VideoStream, path: str) 
 def _flv_changes_its_header(path: str) -> bool:
     """Whether an FLV file has several sequence headers, as after a reconnect; only reading in order meets them all."""
     headers = set()
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        position = int.from_bytes(data[5:9], "big") + 4
-        while position + 11 <= len(data):
-            kind, size = data[position] & 0x1F, int.from_bytes(data[position + 1 : position + 4], "big")
-            tag = data[position + 11 : position + 16]
+    with open(path, "rb") as file:
+        for position, head, size in flv_tags(file):
+            kind, tag = head[0] & 0x1F, head[11:]
             is_extended = len(tag) == 5 and bool(tag[0] & 0x80)
             is_header = kind == 9 and len(tag) == 5 and (tag[0] & 0x0F if is_extended else tag[1]) == 0
             if is_header and (is_extended or tag[0] & 0x0F in (7, 12)):
-                headers.add(data[position + 16 : position + 11 + size])
-            position += 11 + size + 4
+                file.seek(position + 16)
+                headers.add(file.read(max(size - 5, 0)))
     return len(headers) > 1
 
 
@@ -305,21 +324,23 @@ def index_by_decoding(path: str, name: str, limits: VideoLimits, threads: int) -
     metadata: TimedVideoMetadata | None = None
     first = num_errors = 0
     problems: list[str] = []
+    damaged: list[int] = []
 
     def decode_all(stop: threading.Event) -> None:
-        nonlocal metadata, first, problems, num_errors
+        nonlocal metadata, first, problems, num_errors, damaged
         with Decoder(path, name, limits, threads, stop) as decoder:
             time_base = float(decoder.stream.time_base or 1)
             frames = decoder.all_frames()
             has_key = decoder.starts_with_key
-            for frame in frames:
+            for _, frame in decoder.numbered(frames):
                 if frame.key_frame and not has_key:
                     has_key, decoder.num_errors = True, 0  # what comes before could not be decoded
+                    decoder.damaged.clear()
                 times.append(np.nan if frame.pts is None else frame.pts * time_base)
                 is_key.append(frame.key_frame)
             if not times:
                 return
-            num_errors = decoder.num_errors
+            num_errors, damaged = decoder.num_errors, sorted(decoder.damaged)
             # In a stream that begins within a group of pictures, frames before the first key frame cannot be whole.
             first = is_key.index(True) if True in is_key and not decoder.starts_with_key else 0
             frame_duration = 1 / _frame_rate(decoder.stream)
@@ -332,6 +353,13 @@ def index_by_decoding(path: str, name: str, limits: VideoLimits, threads: int) -
     if num_errors:
         warnings.warn(
             f"{name} is damaged: {num_errors} of its packets cannot be decoded, and their frames are left out.",
+            stacklevel=5,
+        )
+    elif damaged:
+        seconds = metadata.frame_timestamps[damaged[0] - first]
+        warnings.warn(
+            f"{name} is damaged: {len(damaged)} of its frames, from {seconds:.1f} s on, may show wrong pictures or "
+            "come at a wrong time.",
             stacklevel=5,
         )
     for problem in problems:
@@ -382,6 +410,30 @@ def _announced_duration(container: InputContainer, stream: VideoStream, packets:
 def _is_short(duration: float, announced: float | None) -> bool:
     # Clocks of containers may be coarse.
     return announced is not None and announced > 1.02 * duration + 0.25
+
+
+def _warn_of_damage(packets: _Packets, container: InputContainer, stream: VideoStream, path: str, name: str) -> None:
+    """Tells what the container knows, beside what decoding will show."""
+    places = damaged_places(path, container.format.name, stream.id)
+    if container.format.name != "mpegts":  # of which FFmpeg marks a whole packet where recordings were joined
+        places = sorted({*places, *(packets.positions[packet] for packet in np.flatnonzero(packets.is_corrupt))})
+    if places and not packets.is_cut:
+        known = [(at, pts) for at, pts in zip(packets.positions, packets.pts, strict=True) if pts is not None]
+        before = [pts for at, pts in known if at <= places[0]]
+        seconds = float((before[-1] - known[0][1]) * (stream.time_base or 1)) if before else 0.0
+        warnings.warn(
+            f"{name} is damaged: data is lost or changed, at about {seconds:.1f} s first; frames from there on may be "
+            "missing, wrong or at another time.",
+            stacklevel=5,
+        )
+    # AVI times frames by counting them, those that repeat the one before included.
+    num_counted = max((pts for pts in packets.pts if pts is not None), default=0) + 1
+    if container.format.name == "avi" and stream.frames > num_counted and not packets.is_cut:
+        warnings.warn(
+            f"{name} is damaged: it announces {stream.frames} frames and has {num_counted}; those after a missing one "
+            "come too early.",
+            stacklevel=5,
+        )
 
 
 def _warn_of_cut(metadata: TimedVideoMetadata, announced: float | None, name: str) -> None:

@@ -15,8 +15,8 @@ _MAX_SHARE_OF_STRAYS = 0.1
 # H.264 and HEVC show a frame at most so many places before others that come earlier in the file.
 MAX_REORDERED = 16
 
-# The longest step of regular times, in median steps; one frame may be missing.
-_MAX_IRREGULARITY = 2.5
+# The shortest and the longest step of regular times, in median steps; one frame may be missing.
+_SHORTEST_STEP, _LONGEST_STEP = 0.6, 2.5
 
 
 def repaired_times(times: np.ndarray, frame_duration: float, may_jump: bool) -> tuple[np.ndarray, list[str]]:
@@ -76,7 +76,8 @@ def _sorted_if_in_file_order(times: np.ndarray) -> np.ndarray:
     """AVI and MXF time the packets as they follow each other, so that frames swap their times but lose none."""
     order = np.argsort(times, kind="stable")
     steps = np.diff(times[order])
-    is_regular = len(steps) > 0 and 0 < steps.max() < _MAX_IRREGULARITY * np.median(steps)
+    regular = np.median(steps) if len(steps) else 0.0
+    is_regular = regular > 0 and _SHORTEST_STEP * regular < steps.min() and steps.max() < _LONGEST_STEP * regular
     is_near = np.abs(order - np.arange(len(order))).max() <= MAX_REORDERED
     return times[order] if is_regular and is_near else times
 
