@@ -541,7 +541,8 @@ class MambaMiaModel(MambaMiaEncoderBase):
             **{cache_name: cache},
             **kwargs,
         )
-        last_hidden_state, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
+        last_hidden_state: Tensor = outputs.last_hidden_state
+        hidden_states = outputs.get("hidden_states")
         if (indices := embedded.token_indices) is not None:
             last_hidden_state = put_back_states(last_hidden_state, indices, length)
             if hidden_states is not None:
@@ -785,7 +786,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
         Only the positions that count go through the head: a prompt may have thousands of tokens and an answer a few.
         """
-        states = outputs.last_hidden_state
+        states: Any = outputs.last_hidden_state
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
         targets = targets.to(states.device)
         if outputs.token_indices is not None:
