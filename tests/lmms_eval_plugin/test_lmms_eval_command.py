@@ -184,15 +184,18 @@ def generated(checkpoint, folder: Path, messages: list, max_new_tokens: int, **o
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_messages_of_all_kinds(folder, checkpoint, monkeypatch, batch_size):
+@pytest.mark.parametrize(
+    ("program", "batch_size"), [("python", 1), ("python", 4), ("torchrun --nproc_per_node 2", 2)], ids=str
+)
+def test_messages_of_all_kinds(folder, checkpoint, monkeypatch, program, batch_size):
     output = folder / f"mixed-{batch_size}"
     log = run(
         folder,
-        "python -m lmms_eval --model mambamia --device cpu --include_path tasks --tasks mixed,short --log_samples "
+        f"{program} -m lmms_eval --model mambamia --device cpu --include_path tasks --tasks mixed,short --log_samples "
         "--model_args dtype=float32,max_num_frames=16,keep_ratio=0.5,attn_implementation=eager "
         f"--batch_size {batch_size} --output_path {output}",
         LMMS_EVAL_PLUGINS="mambamia_hf.lmms_eval",
+        ACCELERATE_USE_CPU="true",
     )
     monkeypatch.setattr(checkpoint[1].video_processor, "num_frames", 16)
     expected = [generated(checkpoint, folder, messages, 6, keep_ratio=0.5) for messages in CONVERSATIONS.values()]

@@ -1,5 +1,6 @@
 """What the model of lmms-eval refuses, and how a task's settings become those of `generate`."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,9 @@ from mambamia_hf import BUNDLED_CHECKPOINT
 pytest.importorskip("lmms_eval")
 
 from mambamia_hf.lmms_eval.chat_model import MambaMia  # needs lmms-eval
+
+
+DEMO = str(Path(BUNDLED_CHECKPOINT).parent / "demo" / "needle.mp4")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,7 @@ def ask(model, content, **settings):
     ("entry", "message"),
     [
         ({"type": "video", "url": "no.mp4"}, "Question 0 of task: .*no.mp4"),
+        ({"type": "image", "url": "no.png"}, "Question 0 of task: .*no.png"),
         ({"type": "audio", "url": "sound.wav"}, "Question 0 of task: it has sound"),
         ({"type": "video", "url": {"video_start": 1.0}}, "Question 0 of task: .*video_start"),
     ],
@@ -76,6 +81,23 @@ def ask(model, content, **settings):
 def test_media_that_cannot_be_read(model, entry, message):
     with pytest.raises(ValueError, match=message):
         ask(model, [entry, {"type": "text", "text": "What appears?"}])
+
+
+def test_a_prompt_that_is_too_long(model, monkeypatch):
+    monkeypatch.setattr(model.model.config.text_config, "max_position_embeddings", 50)
+    with pytest.raises(ValueError, match="Question 0 of task: .* tokens"):
+        ask(model, [{"type": "video", "url": DEMO}, {"type": "text", "text": "What appears?"}])
+
+
+def test_a_video_is_looked_at_once_for_questions_that_follow_each_other(model, monkeypatch):
+    model._remember.cache_clear()
+    looked_at = []
+    monkeypatch.setattr(model.model, "encode_video", lambda video, *args, **part: looked_at.append(part) or video)
+    entry = {"type": "video", "video": DEMO}
+    entries = [entry, entry, {**entry, "video_end": 3.0}, entry, {**entry, "video_end": 3.0}]
+    assert [model._medium(entry)["video"] for entry in entries] == [DEMO] * 5
+    assert [part["end"] for part in looked_at] == [None, 3.0]
+    model._remember.cache_clear()  # these were no memories
 
 
 def test_text_that_ends_early(model):

@@ -1,6 +1,7 @@
 """Checkpoints of MambaMia as a chat model of lmms-eval."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any
@@ -81,6 +82,7 @@ class MambaMia(lmms):
         if self._world_size > 1:
             device = str(self.accelerator.device)
         self.model, self.processor = load_checkpoint(pretrained, device, dtype)
+        self.device = self.model.device
         if attn_implementation is not None:
             self.model.set_attn_implementation(attn_implementation)
         sampling = {"num_frames": max_num_frames, "fps": fps, "seek_mode": seek_mode}
@@ -100,7 +102,9 @@ class MambaMia(lmms):
             for settings, group in groupby(requests, key=lambda request: request.args[2]):
                 options = self._generation_options(settings)
                 while batch := list(islice(group, self.batch_size)):
-                    answers = self._generate([self._conversation(request) for request in batch], options)
+                    conversations = [self._conversation(request) for request in batch]
+                    with _named(*batch):
+                        answers = self._generate(conversations, options)
                     for text, num_tokens in answers:
                         bar.update()
                         counts = TokenCounts(output_tokens=num_tokens)
@@ -121,10 +125,8 @@ class MambaMia(lmms):
         """The messages of a question, as `apply_chat_template` takes them."""
         _, to_messages, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
-        try:
+        with _named(request):
             return [{**turn, "content": [self._medium(entry) for entry in turn["content"]]} for turn in messages]
-        except (ValueError, OSError) as error:
-            raise ValueError(f"Question {doc_id} of {task}: {error}") from error
 
     def _medium(self, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry of a message, with the memory of a video in place of its file."""
@@ -150,7 +152,7 @@ class MambaMia(lmms):
             tokenize=True,
             return_dict=True,
             processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt", **self.budget},
-        ).to(self.model.device)
+        ).to(self.device)
         with torch.inference_mode():
             output = self.model.generate(**inputs, **options, **self.selection)
         tokens = output[:, inputs["input_ids"].shape[1] :]
@@ -168,6 +170,16 @@ class MambaMia(lmms):
         options = {name: settings[name] for name in names if settings.get(name) is not None}
         limit = self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
         return {"max_new_tokens": limit, **options, "do_sample": is_sampled}
+
+
+@contextmanager
+def _named(*requests: Instance) -> Iterator[None]:
+    """Makes errors over media and prompts name the questions."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        questions = ", ".join(f"{doc_id} of {task}" for *_, doc_id, task, _ in (request.args for request in requests))
+        raise ValueError(f"Question {questions}: {error}") from error
 
 
 def _before(text: str, ends: str | Iterable[str] | None) -> str:
