@@ -22,14 +22,13 @@ import subprocess
 import sys
 import tokenize
 import unicodedata
-from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from pages import BLOCK, Block, blocks
 
 import mambamia_hf
 from mambamia_hf import (
@@ -49,25 +48,6 @@ LINKING_PAGES = [
     *sorted(ROOT.glob("examples/**/*.md")),
 ]
 RUN = ("mambamia", "python -m needle.generate")
-
-BLOCK = re.compile(r"(?:^<!-- skip: (?P<skip>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-
-
-class Block(NamedTuple):
-    language: str
-    code: str
-    skip: str | None
-    line: int  # of its first line of code in the page
-    text: str | None  # the text block right after it
-
-
-def blocks(page: Path, language: str) -> Iterator[Block]:
-    text = page.read_text(encoding="utf-8")
-    for match in BLOCK.finditer(text):
-        if match["language"] == language:
-            after = re.match(r"\n+```text\n(.*?)^```$", text[match.end() :], re.M | re.S)
-            line = text[: match.start("code")].count("\n") + 1
-            yield Block(language, match["code"], match["skip"], line, after and after[1])
 
 
 def pages_with(language: str) -> list[Path]:

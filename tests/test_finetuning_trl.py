@@ -1,12 +1,12 @@
 """TRL's trainers, unmodified: the recipes of docs/finetuning_trl.md, and the scores that they learn from."""
 
 import math
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from pages import blocks
 
 
 trl = pytest.importorskip("trl")
@@ -59,11 +59,11 @@ def test_recipes(tmp_path, monkeypatch):
     shutil.copy(DEMO, tmp_path / "video.mp4")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 6
+    recipes = list(blocks(PAGE, "python"))
+    assert len(recipes) == 6
     namespace: dict = {"__name__": "__main__"}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), namespace)
+    for recipe in recipes:
+        exec(compile(recipe.code, str(PAGE), "exec"), namespace)
         if "trainer" in namespace:
             (summary,) = (entry for entry in namespace["trainer"].state.log_history if "train_loss" in entry)
             assert math.isfinite(summary["train_loss"])

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pages import code_with
 from PIL import Image
 from program import environment
 from video_files import write_video
@@ -93,13 +94,6 @@ CONVERSATIONS = {
     "a system turn": [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user(NEEDLE, SHAPE)],
     "text": [user({"type": "text", "text": "What is a star?"})],
 }
-
-
-def documented(fragment: str) -> str:
-    """The block of bash of the page with a fragment in it."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    (block,) = [block for block in blocks if fragment in block]
-    return block
 
 
 def start(folder: Path, command: str, **variables: str) -> subprocess.Popen:
@@ -210,7 +204,7 @@ def test_messages_of_all_kinds(folder, checkpoint, monkeypatch, program, batch_s
 
 
 def test_the_needle_task(folder, checkpoint):
-    run(folder, documented("--num_frames 32"))
+    run(folder, code_with(PAGE, "bash", "--num_frames 32"))
     records = [json.loads(line) for line in (folder / "needles" / "records" / "train.jsonl").read_text().splitlines()]
     given = answers(folder / "results", "mambamia_needle")
     assert len(given) == len(records) == 30
@@ -249,7 +243,7 @@ def test_a_run_that_was_killed_goes_on(folder):
 
 def test_videomme_on_needle_videos(folder):
     """lmms-eval's own task, on questions in the format of its data."""
-    run(folder, documented("needle.videomme"))
+    run(folder, code_with(PAGE, "bash", "needle.videomme"))
     questions = [json.loads(line) for line in (folder / "lmms-eval/Video-MME/test.jsonl").read_text().splitlines()]
     rows = samples(folder / "results", "videomme")
     assert [row["target"] for row in rows] == [question["answer"] for question in questions]

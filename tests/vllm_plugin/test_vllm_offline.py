@@ -3,13 +3,13 @@
 import functools
 import gc
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from asked_of_both import MAX_NEW_TOKENS, Transformers, Vllm, check_same, conversation, for_servers, image, video
+from pages import code_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tiny import tiny_tokenizer
@@ -398,7 +398,7 @@ def test_wrong_numbers_of_tokens_are_refused(timed):
 def test_documented_program(media, monkeypatch, capsys):
     """The program of docs/vllm.md, with the settings of these tests beside its own."""
     page = Path(__file__).parents[2] / "docs" / "vllm.md"
-    code = re.findall(r"```python\n(from vllm.*?)```", page.read_text(encoding="utf-8"), re.S)[0]
+    code = code_with(page, "python", "from vllm")
     monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, **ON_CPU))
     exec(code.replace("/videos/video.mp4", media["needle"]["path"]).replace("/videos", str(media["folder"])), {})
     assert capsys.readouterr().out.splitlines()[-1] == "star"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from asked_of_both import MAX_NEW_TOKENS, Answer, Transformers, check_same, for_servers, image, video
+from pages import code_with
 from PIL import Image
 from program import environment, wait_for_server
 from video_files import write_video
@@ -128,7 +129,7 @@ def test_base64_and_streaming(server, transformers, folder):
 
 
 def test_documented_client(server, transformers, folder, capsys):
-    code = re.findall(r"```python\n(from openai.*?)```", PAGE.read_text(), re.S)[0]
+    code = code_with(PAGE, "python", "from openai")
     for word, value in {
         "http://localhost:8000": server.address,
         "/videos": str(folder),
