@@ -146,6 +146,15 @@ def test_a_wrong_media_folder(model, processor, media_folder, tmp_path):
     assert not (tmp_path / "features" / "index.json").exists()
 
 
+@pytest.mark.parametrize("source", [b"no file", {"bytes": b"no file", "path": "a.png"}])
+def test_images_within_the_data(written, source):
+    message = "Features are those of files, and the content of .* is in the data itself; train on pixels"
+    with pytest.raises(ValueError, match=message):
+        features.media_files([record("within", "<image>?", "Yes.", image=source)])
+    with pytest.raises(ValueError, match=message):
+        VisionFeatures(written, {}).read("image", source)
+
+
 def test_shards(model, processor, media_folder, tmp_path):
     write(model, processor, media_folder, tmp_path, RECORDS, shard_size=0)
     shards = sorted((tmp_path / "features").glob("*.safetensors"))

@@ -34,6 +34,47 @@ class TestRecords:
         messages, media = parse_record(record("7", "<image>\nWhat?", "This.", video="a.mp4"))
         assert messages[0]["content"][0] == {"type": "video"} and media == [("video", "a.mp4")]
 
+    @pytest.mark.parametrize(
+        ("text", "parts"),
+        [
+            ("<image>\nWhat?", [0, "What?"]),
+            ("What?\n<image>", ["What?", 0]),
+            ("Is <image> it?", ["Is", 0, "it?"]),
+            ("What?", [0, "What?"]),
+            ("", [0]),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("kind", "media"),
+        [("video", {"video": "a.mp4"}), ("image", {"image": "a.jpg"}), ("video", {"image": "a.mp4", "video": None})],
+    )
+    def test_where_a_medium_stands(self, text, parts, kind, media):
+        """As LLaVA-Video-178K, LLaVA-Pretrain and VISTA have it."""
+        messages, found = parse_record(record("7", text, "This.", "And?", "That.", **media))
+        content = [{"type": "text", "text": part} if part else {"type": kind} for part in parts]
+        assert messages[0]["content"] == content and len(messages) == 4
+        assert found == [(kind, "a.jpg" if kind == "image" else "a.mp4")]
+
+    def test_several_media(self):
+        videos = ["a.mp4", "b.mp4"]
+        messages, media = parse_record(record("7", "First.", "Yes?", "Then?", "No.", video=videos))
+        assert messages[0]["content"] == [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "First."}]
+        assert media == [("video", "a.mp4"), ("video", "b.mp4")]
+        messages, media = parse_record(record("7", "<image> or", "What?", "<video>?", "No.", video=videos))
+        assert [message["content"][0]["type"] for message in messages] == ["video", "text", "video", "text"]
+        assert media == [("video", "a.mp4"), ("video", "b.mp4")]
+
+    @pytest.mark.parametrize("names", [("system", "human", "gpt"), ("system", "user", "assistant")])
+    def test_what_the_assistant_says_first_is_left_out(self, names):
+        system, user, assistant = names
+        turns = [(system, "Be brief."), (assistant, "Hi."), (user, "Hello."), (assistant, "Yes?")]
+        for first in (0, 1, 2):
+            one = {"conversations": [{"from": name, "value": text} for name, text in turns[first:]], "video": "a.mp4"}
+            messages, _ = parse_record(one)
+            texts = [message["content"][-1]["text"] for message in messages]
+            assert texts == ["Be brief.", "Hello.", "Yes?"][min(first, 1) :]
+            assert messages[-2]["content"][0] == {"type": "video"}
+
     def test_roles(self):
         conversation = [{"from": "system", "value": "Be brief."}, *record("7", "Hello.", "Hi.")["conversations"]]
         assert [message["role"] for message in parse_record({"conversations": conversation})[0]] == [
@@ -47,7 +88,17 @@ class TestRecords:
         [
             ({"id": "7"}, "Sample '7' has no `conversations` but 'id'"),
             (record("7", "<video>What?", "This."), "1 placeholders <video> in its text and 0 of `video`"),
-            (record("7", "What?", "This.", video="a.mp4"), "0 placeholders <video> in its text and 1 of `video`"),
+            (
+                record("7", "<video>?", "This.", video=["a", "b"]),
+                "1 placeholders <video> in its text and 2 of `video`",
+            ),
+            (record("7", "<image>?", "This.", image="a", video="b"), "0 placeholders <video> in its text and 1"),
+            (record("7", "<image><image>?", "No.", image="a", video="b"), "2 placeholders <image> in its text and 1"),
+            (record("7", "What?", "This.", image="a", video="b"), "'7' has `image` and `video` and no placeholder"),
+            (record("7", "<image>?", "This.", image="a.mp4", video="b.mp4"), "'7' has the video 'a.mp4' in `image`"),
+            (record("7", "<image>?", "This.", image=["a.jpg", "b.MP4"]), "'7' has the video 'b.MP4' in `image`"),
+            ({"id": "7", "conversations": [{"from": "gpt", "value": "Hi."}]}, "'7' has no turn of the user"),
+            ({"id": "7", "conversations": [{"from": "system", "value": "Hi."}]}, "ends with a turn of the system"),
             (record("7", "<image>What?", "This.", image=["a", "b"]), "1 placeholders <image> in its text and 2"),
             (record("7", "What?", "This.", "And?"), "ends with a turn of the user"),
             ({"id": "7", "conversations": [{"from": "bot", "value": "Hi."}]}, "'bot'.*is one of system, human"),
@@ -67,9 +118,9 @@ class TestRecords:
         assert load_records([tmp_path / "a.json", tmp_path / "b.jsonl"]) == [VIDEO, IMAGE, TEXT, odd]
         assert open_dataset([str(tmp_path / "a.json")]) == [VIDEO, IMAGE]
 
-    @pytest.mark.parametrize("content", ['{"id": 1}\n{"id": 2}', '{"id": 1}', "[1, 2]"])
+    @pytest.mark.parametrize("content", [b'{"id": 1}\n{"id": 2}', b'{"id": 1}', b"[1, 2]", b"\xff"])
     def test_other_files(self, tmp_path, content):
-        (tmp_path / "a.json").write_text(content)
+        (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.json (is not JSON|holds no list of records)"):
             load_records([tmp_path / "a.json"])
 
@@ -107,5 +158,7 @@ class TestDatasets:
         assert "'broken' was skipped" in caplog.text and "'broken video' was skipped" in caplog.text
 
     def test_several_datasets(self):
-        with pytest.raises(ValueError, match="The data are a, b; give"):
+        with pytest.raises(ValueError, match=r"The data are a, b; give .* one \.yaml file"):
             open_dataset(["a", "b"])
+        with pytest.raises(FileNotFoundError, match=r"no data file at 'gone\.json'; check the path"):
+            open_dataset(["gone.json"])

@@ -1,6 +1,8 @@
 """Training on conversations about images and videos with the stock `Trainer`: `python -m mambamia_hf.training`.
 
 records.py      conversations in LLaVA's format
+mixtures.py     several data sets in a YAML file, as in LLaVA-NeXT
+data.py         whatever `--data` names
 media.py        their images and videos, as pixels or as precomputed features
 collator.py     records to batches
 features.py     the command that precomputes features: `python -m mambamia_hf.training.features`
@@ -12,8 +14,19 @@ __main__.py     the training command
 """
 
 from .collator import ConversationCollator
+from .data import open_dataset
 from .media import MediaReader, VisionFeatures
-from .records import load_records, open_dataset, parse_record
+from .mixtures import Mixture, load_mixture
+from .records import load_records, parse_record
 
 
-__all__ = ["ConversationCollator", "MediaReader", "VisionFeatures", "load_records", "open_dataset", "parse_record"]
+__all__ = [
+    "ConversationCollator",
+    "MediaReader",
+    "Mixture",
+    "VisionFeatures",
+    "load_mixture",
+    "load_records",
+    "open_dataset",
+    "parse_record",
+]

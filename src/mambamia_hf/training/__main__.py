@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from .arguments import StageArguments, parse_arguments
 from .checkpoints import checkpoint_to_resume
 from .collator import ConversationCollator, reported_samples
+from .data import open_dataset
 from .logs import MediaLogCallback
 from .media import MediaReader, VisionFeatures
-from .records import open_dataset
 from .stages import marks_of_turns, prepare_model
 
 
@@ -70,9 +70,9 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
     model.config.compressor_config.length_scale = stage.length_scale
     reader = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
     media = reader if stage.features is None else VisionFeatures(stage.features, reader.settings(model))
-    dataset = open_dataset(stage.data, stage.streaming)
+    dataset = open_dataset(stage.data, stage.streaming, stage.media_folder, training.seed)
     collator = ConversationCollator(processor, media, stage.max_length, report, stage.length_scale)
-    if isinstance(dataset, list):
+    if not stage.streaming:
         collator.require_features(dataset)  # now rather than after hours
     trainer = Trainer(
         model=prepare_model(model, stage.stage, stage.lora_rank, marks_of_turns(processor)),

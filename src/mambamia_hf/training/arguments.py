@@ -20,7 +20,9 @@ class StageArguments:
 
     stage: str = field(metadata={"help": "Which parts learn.", "choices": list(STAGES)})
     model: str = field(metadata={"help": "Folder or Hub name of the model to start from."})
-    data: list[str] = field(metadata={"help": "JSON or JSONL files of records, or one dataset for `datasets`."})
+    data: list[str] = field(
+        metadata={"help": "JSON or JSONL files of records, a YAML file of several data sets, or a dataset."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream, in its own order."})
     media_folder: str | None = field(default=None, metadata={"help": "Folder that relative paths start from."})
     features: str | None = field(default=None, metadata={"help": "Folder of precomputed features, used for pixels."})

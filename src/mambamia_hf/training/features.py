@@ -10,7 +10,7 @@ next run tries it again.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from ..files import atomic_write
+from .data import open_dataset
 from .media import FIRST_TRIES, TIMES, MediaReader, Medium, VisionFeatures, times_name
-from .records import load_records, parse_record, whole_path
+from .records import parse_record, whole_path
 
 
 @dataclass
@@ -33,11 +34,12 @@ class FeatureArguments:
     """What to run over what."""
 
     model: str = field(metadata={"help": "Folder or Hub name of the model whose vision tower to run."})
-    data: list[str] = field(metadata={"help": "JSON or JSONL files of records."})
+    data: list[str] = field(metadata={"help": "JSON or JSONL files, a YAML file of several data sets, or a dataset."})
     output: str = field(metadata={"help": "Folder for the features."})
     media_folder: str | None = field(default=None, metadata={"help": "Folder that relative paths start from."})
     num_frames: int | None = field(default=None, metadata={"help": "Largest number of frames per video."})
     fps: float | None = field(default=None, metadata={"help": "Largest number of frames per second."})
+    seed: int = field(default=42, metadata={"help": "The training's seed; it decides what a YAML file draws."})
     shard_size: int = field(default=1024, metadata={"help": "Size in MB at which a shard is full."})
     num_workers: int = field(default=2, metadata={"help": "Processes that decode."})
     dtype: str = field(default="auto", metadata={"help": "Type of the vision tower's weights."})
@@ -135,7 +137,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def media_files(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def media_files(records: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
     """Kind and path of every image and video of the records, each once."""
     files: dict[str, str] = {}
     for record in records:
@@ -144,7 +146,7 @@ def media_files(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         except ValueError as error:
             print(f"{error} It is left out.")
             continue
-        files |= {str(whole_path(source)): kind for kind, source in media}
+        files |= {whole_path(source): kind for kind, source in media}
     return [(kind, path) for path, kind in files.items()]
 
 
@@ -185,7 +187,7 @@ def precompute(options: FeatureArguments) -> FeatureFolder:
     folder = FeatureFolder(Path(options.output), reader.settings(model))
     model.base_model.vision_tower.to(options.device)
 
-    files = media_files(load_records(options.data))
+    files = media_files(open_dataset(options.data, media_folder=options.media_folder, seed=options.seed))
     missing = missing_files(folder, files, reader)
     loader: DataLoader = DataLoader(MediaFiles(missing, reader), batch_size=None, num_workers=options.num_workers)
     bar = tqdm(loader, desc="Features", unit="file", initial=len(files) - len(missing), total=len(files))

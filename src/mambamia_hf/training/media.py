@@ -16,8 +16,8 @@ from transformers.image_utils import load_image
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
 from ..processing_mambamia import MambaMiaProcessor
 from ..video_processing_mambamia import duration_of
-from ..video_sources import image_source, is_address
-from .records import media_path, whole_path
+from ..video_sources import image_source
+from .records import in_folder, media_path, whole_path
 
 
 # When this many records or files are all unusable from the start, the settings are wrong rather than the media.
@@ -77,7 +77,7 @@ class MediaReader:
 
     def locate(self, path: str) -> str:
         """The path of a file from here, given as a record has it; addresses stay as they are."""
-        return path if is_address(path) or self.media_folder is None else os.path.join(self.media_folder, path)
+        return path if self.media_folder is None else in_folder(self.media_folder, path)
 
     def read(self, kind: str, source: Any) -> Medium:
         """Reads one image or video.
@@ -201,7 +201,7 @@ class VisionFeatures:
         Raises:
             ValueError: if the file could not be decoded when the features were made.
         """
-        path = str(whole_path(source))
+        path = whole_path(source)
         if path in self.skipped:
             raise ValueError(self.skipped[path])
         shard = _open_shard(self.folder / self.shards[path])

@@ -7,38 +7,45 @@ A record is one conversation:
 """
 
 import copy
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..video_sources import is_address
+
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 
 def load_records(files: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     """Reads JSON files, which hold a list of records each, and JSONL files, which hold one record per line.
 
     Args:
-        files: paths; names that end in `.jsonl` are JSONL files.
+        files: paths; names that end in `.jsonl` are JSONL files. `{a,b}` in a name stands for both, as in a shell.
 
     Returns:
         All records, in order.
 
     Raises:
+        FileNotFoundError: if a file is not there.
         ValueError: if a file holds anything else.
     """
     records: list[dict[str, Any]] = []
-    for file in map(Path, files):
-        text = file.read_text(encoding="utf-8")
+    for file in each_file(files):
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no data file at '{file}'; check the path.")
         try:
+            text = file.read_text(encoding="utf-8")
             if file.suffix == ".jsonl":
                 loaded = [json.loads(line) for line in text.split("\n") if line.strip()]
             else:
                 loaded = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not JSON ({error}); name it .jsonl if it has one record per line.") from error
         if not isinstance(loaded, list) or not all(isinstance(record, dict) for record in loaded):
             raise ValueError(f"{file} holds no list of records; write a list of objects, or one object per line.")
@@ -46,37 +53,49 @@ def load_records(files: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]
     return records
 
 
-def open_dataset(data: Sequence[str | os.PathLike[str]], streaming: bool = False) -> Any:
-    """Opens JSON and JSONL files, or one dataset that `datasets` finds by name or in a folder.
+def each_file(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files that names with `{a,b}` in them stand for, if there is no file of that very name."""
+    each: list[Path] = []
+    for file in files:
+        if os.path.exists(file):
+            each.append(Path(file))
+            continue
+        parts = re.split(r"\{([^{}]*)\}", os.fspath(file))
+        choices = [part.split(",") if place % 2 else [part] for place, part in enumerate(parts)]
+        each += [Path("".join(choice)) for choice in itertools.product(*choices)]
+    return each
+
+
+def load_hub_dataset(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+    """Loads a dataset of the Hub, or one that `datasets` finds in a folder.
 
     Args:
-        data: the files, or the name or folder of one dataset.
-        streaming: whether to read them as a stream. A stream begins anew when it ends: `Trainer` does not know its
-            length, and could not find its place again after resuming in a later pass.
+        name: its name or folder.
+        config: which configuration of it.
+        split: which split.
+        streaming: whether to read it as a stream.
 
     Returns:
-        A list of records for files without `streaming`, else a dataset of `datasets`, whose images and videos are left
-        for the collator to decode.
+        A dataset whose images and videos stay encoded.
 
     Raises:
-        ValueError: if `data` is neither.
+        ValueError: if there is no such dataset, configuration or split, or several and none of them is named.
     """
-    are_files = all(str(name).endswith((".json", ".jsonl")) for name in data)
-    if are_files and not streaming:
-        return load_records(data)
     import datasets
 
-    if are_files:
-        dataset = datasets.load_dataset("json", data_files=[str(file) for file in data], split="train", streaming=True)
-        return dataset.repeat(None)
-    if len(data) != 1:
-        raise ValueError(f"The data are {', '.join(map(str, data))}; give .json and .jsonl files, or one dataset.")
-    dataset = datasets.load_dataset(str(data[0]), split="train", streaming=streaming)
-    for name, feature in (dataset.features or {}).items():
+    try:
+        dataset = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ValueError(
+            f"The dataset '{name}' cannot be loaded ({reason}); where it has several, `config` and `split` in a YAML "
+            f"file for --data say which."
+        ) from error
+    for column, feature in (dataset.features or {}).items():
         undecoded = _undecoded(feature)
         if undecoded != feature:
-            dataset = dataset.cast_column(name, undecoded)
-    return dataset.repeat(None) if streaming else dataset
+            dataset = dataset.cast_column(column, undecoded)
+    return dataset
 
 
 def _undecoded(feature: Any) -> Any:
@@ -94,8 +113,10 @@ def _undecoded(feature: Any) -> Any:
 def parse_record(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
     """Turns a record into a chat and its media, in the order in which the chat has them.
 
-    `image` and `video` hold one source or a list of them. Every source has its placeholder `<image>` or `<video>` in
-    the text. In a record with videos and no images, `<image>` stands for a video, too.
+    `image` and `video` hold one source or a list of them; a video file in `image`, as VISTA has it, is a video. Media
+    stand where their placeholders `<image>` and `<video>` do. In a record with videos and no images, `<image>` stands
+    for a video, too. If there is no placeholder at all, media of one kind go before the first turn of the user. Turns
+    of the assistant before that one are left out, as LLaVA does.
 
     Args:
         record: one conversation in LLaVA's format.
@@ -113,20 +134,59 @@ def parse_record(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tup
             f"{name} has no `conversations` but {', '.join(map(repr, record))}; write records in LLaVA's format, and "
             f"set `remove_unused_columns=False` in the TrainingArguments."
         )
-    sources = {kind: _as_list(record.get(kind)) for kind in ("image", "video")}
+    sources = _sources(record, name)
     kinds = {"<image>": "image" if sources["image"] or not sources["video"] else "video", "<video>": "video"}
     messages = [_parse_turn(turn, kinds, name) for turn in turns]
-    media = [item["type"] for message in messages for item in message["content"] if item["type"] != "text"]
+    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    before = messages[: users[0]] if users else messages
+    messages = [message for message in before if message["role"] == "system"] + messages[len(before) :]
+    if not messages or messages[-1]["role"] != "assistant":
+        end = f"ends with a turn of the {messages[-1]['role']}" if messages else "has no turn of the user"
+        raise ValueError(f"{name} {end}; the last turn is the assistant's answer to the user.")
+    media = _kinds_in(messages)
+    if not media and any(sources.values()):
+        media = _put_in_front(messages, sources, name)
     for kind, given in sources.items():
         if media.count(kind) != len(given):
             raise ValueError(
                 f"{name} has {media.count(kind)} placeholders <{kind}> in its text and {len(given)} of `{kind}`; "
-                f"write one placeholder for each."
+                f"write one placeholder for each, or none at all."
             )
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{name} ends with a turn of the {messages[-1]['role']}; the last turn is the assistant's.")
     remaining = {kind: iter(given) for kind, given in sources.items()}
     return messages, [(kind, next(remaining[kind])) for kind in media]
+
+
+def _sources(record: dict[str, Any], name: str) -> dict[str, list[Any]]:
+    """The images and the videos of a record."""
+    images, videos = _as_list(record.get("image")), _as_list(record.get("video"))
+    misplaced = [source for source in images if _is_video_file(source)]
+    if misplaced and (videos or len(misplaced) < len(images)):
+        raise ValueError(
+            f"{name} has the video {media_path(misplaced[0])!r} in `image` and other media beside it; put videos into "
+            f"`video`."
+        )
+    return {"image": [], "video": misplaced} if misplaced else {"image": images, "video": videos}
+
+
+def _is_video_file(source: Any) -> bool:
+    return (media_path(source) or "").lower().endswith(_VIDEO_SUFFIXES)
+
+
+def _kinds_in(messages: list[dict[str, Any]]) -> list[str]:
+    """`"image"` or `"video"` for every medium of a chat, in order."""
+    return [item["type"] for message in messages for item in message["content"] if item["type"] != "text"]
+
+
+def _put_in_front(messages: list[dict[str, Any]], sources: dict[str, list[Any]], name: str) -> list[str]:
+    """Puts media of one kind before the first turn of the user, and gives the kind of each."""
+    if all(sources.values()):
+        raise ValueError(
+            f"{name} has `image` and `video` and no placeholder in its text; write <image> and <video> where they go."
+        )
+    kinds = [kind for kind, given in sources.items() for _ in given]
+    first = next(message for message in messages if message["role"] == "user")
+    first["content"] = [*({"type": kind} for kind in kinds), *first["content"]]
+    return kinds
 
 
 def _parse_turn(turn: Any, kinds: dict[str, str], name: str) -> dict[str, Any]:
@@ -154,13 +214,23 @@ def media_path(source: Any) -> str | None:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else None
 
 
-def whole_path(source: Any) -> str | None:
+def in_folder(folder: str | os.PathLike[str], path: str) -> str:
+    """A path in a folder; absolute paths and addresses stay as they are."""
+    return path if is_address(path) else os.path.join(folder, path)
+
+
+def whole_path(source: Any) -> str:
     """As [`media_path`], for features, which are those of whole files.
 
     Raises:
-        ValueError: for a part of a video.
+        ValueError: for a part of a video, and for what is no file of its own.
     """
     path = media_path(source)
+    if path is None or (isinstance(source, dict) and source.get("bytes") is not None):
+        raise ValueError(
+            f"Features are those of files, and the content of {path or 'an image or video'!r} is in the data itself; "
+            f"train on pixels."
+        )
     if isinstance(source, dict) and any(source.get(name) is not None for name in ("video_start", "video_end")):
         raise ValueError(f"Features are those of whole files, and '{path}' has cut times; train on pixels.")
     return path
@@ -172,4 +242,13 @@ def _as_list(sources: Any) -> list[Any]:
     return list(sources) if isinstance(sources, list | tuple) else [sources]
 
 
-__all__ = ["load_records", "media_path", "open_dataset", "parse_record", "sample_id", "whole_path"]
+__all__ = [
+    "each_file",
+    "in_folder",
+    "load_hub_dataset",
+    "load_records",
+    "media_path",
+    "parse_record",
+    "sample_id",
+    "whole_path",
+]
