@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_checkpoint import Original, load, logits, weights
+from original_checkpoint import Original, image_model, load, logits, weights
 from safetensors.torch import load_file
 from tiny_model import VIDEO_TOKEN, random_videos, tiny_model
 
@@ -163,31 +163,21 @@ def test_end_of_frame_vector(tmp_path):
     assert torch.equal(weights(tmp_path / "back")["model.image_newframe"], torch.arange(48.0))
 
 
-@pytest.fixture
-def image_model() -> Original:
-    """LLaVA's model of images, with which the paper's recipe begins: an MLP in the compressor's place."""
-    original = Original()
-    original.tensors = {name: tensor for name, tensor in original.tensors.items() if "mm_projector" not in name}
-    original.tensors |= {f"model.mm_projector.{layer}.weight": torch.zeros(48, 24 * layer or 24) for layer in (0, 2)}
-    original.tensors |= {f"model.mm_projector.{layer}.bias": torch.zeros(48) for layer in (0, 2)}
-    original.config["mm_projector_type"] = "mlp2x_gelu"
-    return original
-
-
-def test_projector_of_another_kind(tmp_path, image_model):
+def test_projector_of_another_kind(tmp_path):
     message = "mm_projector_type='mlp2x_gelu'.*lacks the tensors input_proj.weight.*convert with --new-compressor"
     with pytest.raises(ValueError, match=message):
-        convert_from_original(image_model.write(tmp_path / "src"), tmp_path / "dst")
+        convert_from_original(image_model().write(tmp_path / "src"), tmp_path / "dst")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_new_compressor_in_an_image_model(tmp_path, image_model, dtype, caplog):
-    image_model.tensors = {name: tensor.to(dtype) for name, tensor in image_model.tensors.items()}
-    image_model.config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    convert_from_original(image_model.write(tmp_path / "src"), tmp_path / "dst", new_compressor=True)
+def test_new_compressor_in_an_image_model(tmp_path, dtype, caplog):
+    original = image_model()
+    original.tensors = {name: tensor.to(dtype) for name, tensor in original.tensors.items()}
+    original.config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    convert_from_original(original.write(tmp_path / "src"), tmp_path / "dst", new_compressor=True)
     assert "Left out 4 tensors: model.mm_projector.0.bias" in caplog.text
     model = load(tmp_path / "dst")
-    expected = image_model.model().to(dtype)
+    expected = original.model().to(dtype)
     for part in ("model.vision_tower", "model.language_model", "lm_head"):
         found = model.get_submodule(part).state_dict()
         assert all(

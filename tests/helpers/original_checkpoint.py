@@ -135,6 +135,16 @@ class Original:
         return model
 
 
+def image_model(**kwargs) -> Original:
+    """LLaVA's model of images, with which the paper's recipe begins: an MLP in the compressor's place."""
+    original = Original(**kwargs)
+    original.tensors = {name: tensor for name, tensor in original.tensors.items() if "mm_projector" not in name}
+    original.tensors |= {f"model.mm_projector.{layer}.weight": torch.zeros(48, 24 * layer or 24) for layer in (0, 2)}
+    original.tensors |= {f"model.mm_projector.{layer}.bias": torch.zeros(48) for layer in (0, 2)}
+    original.config["mm_projector_type"] = "mlp2x_gelu"
+    return original
+
+
 def load(folder: Path) -> MambaMiaForConditionalGeneration:
     model, info = MambaMiaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **PLACEHOLDERS)
     assert not any(info.values()), info

@@ -1,5 +1,6 @@
 """Whole runs: data in every form, and what they leave behind."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from conversations import arguments
+from original_checkpoint import image_model
+from published_data import write_llava_pretrain, write_llava_video, write_vista
 from safetensors.torch import load_file
+from tiny import tiny_tokenizer
 from training_runs import losses, parts_that_moved, run
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessor
 
-from mambamia_hf.training import features
+from mambamia_hf.training import features, load_mixture, parse_record
 from mambamia_hf.training.collator import reported_samples
 from mambamia_hf.training.stages import STAGES
 
 
-RECIPE = Path(__file__).parents[2] / "examples" / "train" / "run.sh"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "train"
 
 
 def test_what_is_written_loads_and_says_how_many_were_skipped(training_folder, tmp_path, capsys):
@@ -86,6 +90,17 @@ def test_out_of_memory_comes_with_advice(training_folder, tmp_path):
         hook.remove()
 
 
+def run_recipe(name: str, *folders: Path, **settings):
+    command = ["bash", EXAMPLES / name, *folders]
+    command += arguments(max_steps=2, bf16=False, use_cpu=True, num_frames=3, dataloader_num_workers=0, **settings)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(list(map(str, command)), check=True, env=environment)
+
+
+def written(output: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in output.glob("*/model.safetensors")}
+
+
 @pytest.mark.slow
 def test_the_recipe(training_folder, tmp_path):
     """Stage follows stage; what has ended is not done again."""
@@ -94,13 +109,37 @@ def test_the_recipe(training_folder, tmp_path):
     (data / "media").symlink_to(training_folder)
     for stage in STAGES:
         shutil.copy(training_folder / "data.json", data / f"{stage}.json")
-    command = ["bash", RECIPE, training_folder / "model", data, output]
-    command += arguments(max_steps=2, bf16=False, use_cpu=True, num_frames=3, dataloader_num_workers=0)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(list(map(str, command)), check=True, env=environment)
-    written = [(output / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES]
-    subprocess.run(list(map(str, command)), check=True, env=environment)
-    assert written == [(output / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES]
+    run_recipe("run.sh", training_folder / "model", data, output)
+    models = written(output)
+    run_recipe("run.sh", training_folder / "model", data, output)
+    assert written(output) == models and len(models) == 3
     before = load_file(output / "align" / "model.safetensors")
     after = load_file(output / "video" / "model.safetensors")
     assert parts_that_moved(before, after) == set(STAGES["video"].learns)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_paper(tmp_path):
+    """From an image model with an MLP, on the data sets as they are published, all of which are used."""
+    image_model(text={"vocab_size": 400}).write(tmp_path / "llava")
+    tiny_tokenizer().save_pretrained(tmp_path / "llava")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "llava")
+    data, output = tmp_path / "the data", tmp_path / "the output"
+    write_llava_pretrain(data / "LLaVA-Pretrain")
+    write_llava_video(data / "LLaVA-Video-178K")
+    write_vista(data / "VISTA-400K")
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "report_to": "none"}
+    run_recipe("paper.sh", tmp_path / "llava", data, output, **settings)
+    for stage in ("align", "video"):
+        state = json.loads((output / stage / "trainer_state.json").read_text())
+        assert state["global_step"] == 2
+        assert not (output / stage / "samples_0.jsonl").exists()
+    models = written(output)
+    run_recipe("paper.sh", tmp_path / "llava", data, output, **settings)
+    assert written(output) == models and len(models) == 3
+    start, align, video = (load_file(output / name / "model.safetensors") for name in ("start", "align", "video"))
+    assert parts_that_moved(start, align) == set(STAGES["align"].learns)
+    assert parts_that_moved(align, video) == set(STAGES["video"].learns)
+    mixture = load_mixture(data / "video.yaml")
+    assert len(mixture) == 4 * 2 * 3 * 2 + 12
+    assert len(list(data.rglob("*.mp4"))) == len({path for one in mixture for _, path in parse_record(one)[1]})
