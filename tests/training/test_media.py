@@ -31,6 +31,27 @@ def test_a_video_of_frames(reader):
     assert read_numbers(video * 127.5 + 127.5) == [0, 1, 2]
 
 
+def test_a_folder_of_frames(processor, tmp_path):
+    """As those of LLaVA-Hound in LLaVA-Video-178K, which are 2 per second; the order is that of the numbers."""
+    (tmp_path / "frames").mkdir()
+    for number in range(12):
+        Image.fromarray(draw_number(number)).save(tmp_path / "frames" / f"c01_{number}.png")
+    reader = MediaReader(processor, tmp_path)
+    video = reader.read("video", "frames")
+    assert read_numbers(video.tensor * 127.5 + 127.5) == list(range(12))
+    assert video.times.tolist() == [number / 2 for number in range(12)] and video.duration == 6
+    part = reader.read("video", {"path": "frames", "video_start": 1.0, "video_end": 3.0})
+    assert read_numbers(part.tensor * 127.5 + 127.5) == [2, 3, 4, 5]
+    fewer = MediaReader(processor, tmp_path, num_frames=3).read("video", "frames")
+    assert read_numbers(fewer.tensor * 127.5 + 127.5) == [2, 6, 10]
+    slower = MediaReader(processor, tmp_path, fps=1).read("video", "frames")
+    assert len(slower.tensor) == 12 and slower.duration == 12
+    with pytest.raises(ValueError, match="has no images"):
+        reader.read("video", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no video file"):
+        MediaReader(processor, tmp_path / "frames").read("video", "gone")
+
+
 @pytest.mark.parametrize("how", ["bytes", "dict of bytes", "PIL"])
 def test_sources_of_images(reader, media_folder, how):
     content = (media_folder / "a.png").read_bytes()

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.image_utils import load_image
 
+from ..inputs import frame_files
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
 from ..processing_mambamia import MambaMiaProcessor
 from ..video_processing_mambamia import duration_of
@@ -85,7 +86,8 @@ class MediaReader:
         Args:
             kind: `"image"` or `"video"`.
             source: a path, an address, bytes, a dictionary with `path` and `bytes` as `datasets` has and with
-                `video_start` and `video_end`, or what else the processors take.
+                `video_start` and `video_end`, or what else the processors take. A video may be a folder of its frames,
+                which count as `fps` per second.
 
         Returns:
             `(channels, height, width)` of an image, `(num_frames, channels, height, width)` of a video.
@@ -96,7 +98,12 @@ class MediaReader:
         if kind == "image":
             image = load_image(image_source(source))
             return Medium(kind, self.image_processor(image, return_tensors="pt")["pixel_values"][0])
-        video = self.video_processor(source, return_tensors="pt", return_metadata=True)
+        told: dict[str, Any] = {}
+        if path and os.path.isdir(source["path"]):
+            told = {name: source.get(name) for name in ("video_start", "video_end")}
+            told["video_metadata"] = [{"fps": self.video_processor.fps or 1.0}]
+            source = [[load_image(str(file)) for file in frame_files(source["path"])]]
+        video = self.video_processor(source, **told, return_tensors="pt", return_metadata=True)
         times = video["video_timestamps"][0] if "video_timestamps" in video else None
         return Medium(kind, video["pixel_values_videos"][0], times, duration_of(video["video_metadata"][0]))
 
