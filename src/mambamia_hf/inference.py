@@ -7,18 +7,21 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
-from .auto import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor
+from .auto import MambaMiaConfig, MambaMiaEncoder, MambaMiaForConditionalGeneration, MambaMiaProcessor
 from .chat import VideoChat
 from .inputs import check_checkpoint, check_part, check_video, is_memory
 from .messages import without_secrets
 from .video_decoding import VideoReader
 from .video_memory import VideoMemory, describe_images
 from .video_sampling import FrameFolder, SampledVideo, open_video
+
+
+Model = TypeVar("Model", MambaMiaForConditionalGeneration, MambaMiaEncoder)
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,23 @@ def load_checkpoint(
     return load_model(name, place, dtype), processor
 
 
+def load_encoder(
+    checkpoint: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
+) -> tuple[MambaMiaEncoder, MambaMiaProcessor]:
+    """The part of a checkpoint that makes memories, without its language model, and the processor.
+
+    Args:
+        checkpoint: folder or Hub id of a MambaMia checkpoint.
+        device, dtype: see [`encode_video`].
+
+    Raises:
+        ValueError: for a checkpoint, a device or a type that cannot be used.
+    """
+    place, name = find_device(device), os.fspath(checkpoint)
+    processor = load_processor(name)
+    return load_model(name, place, dtype, MambaMiaEncoder), processor
+
+
 def _check_sampled(memory: str, **options: Any) -> None:
     """Raises for an option about which frames are sampled, where there is a memory of those."""
     given = [name for name, value in options.items() if value is not None]
@@ -318,7 +338,12 @@ def load_processor(checkpoint: str) -> MambaMiaProcessor:
         return MambaMiaProcessor.from_pretrained(checkpoint)
 
 
-def load_model(checkpoint: str, device: torch.device, dtype: str | None) -> MambaMiaForConditionalGeneration:
+def load_model(
+    checkpoint: str,
+    device: torch.device,
+    dtype: str | None,
+    kind: type[Model] = MambaMiaForConditionalGeneration,  # type: ignore[assignment]  # mypy takes no such default
+) -> Model:
     with _loading(checkpoint):
         config = MambaMiaConfig.from_pretrained(checkpoint)
         if dtype is None:
@@ -326,9 +351,7 @@ def load_model(checkpoint: str, device: torch.device, dtype: str | None) -> Mamb
             dtype = "float32" if slow else "auto"
             if slow:
                 warnings.warn(f"on this CPU {config.dtype} is slower than float32: weights are float32.", stacklevel=3)
-        loaded: Any = MambaMiaForConditionalGeneration.from_pretrained(
-            checkpoint, config=config, dtype=dtype, output_loading_info=True
-        )
+        loaded: Any = kind.from_pretrained(checkpoint, config=config, dtype=dtype, output_loading_info=True)
         model, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"it lacks weights of the model: {_named(report['missing_keys'])}")

@@ -15,7 +15,7 @@ from .opening import checkpoint_of, say_loading
 
 
 if TYPE_CHECKING:
-    from ..auto import MambaMiaForConditionalGeneration, MambaMiaProcessor
+    from ..memory_writer import MemoryWriter
 
 
 def run(arguments: Namespace) -> int:
@@ -32,13 +32,19 @@ def run(arguments: Namespace) -> int:
     done = 0
     if there:
         say_loading()
-        from ..inference import load_checkpoint
+        from ..inference import load_encoder
+        from ..memory_writer import MemoryWriter
 
-        model, processor = load_checkpoint(checkpoint, arguments.device, arguments.dtype)
-        encoder = Encoder(model, processor, arguments)
+        encoder, processor = load_encoder(checkpoint, arguments.device, arguments.dtype)
+        writer = MemoryWriter(encoder, processor, **sampling_of(arguments))
         for video in there:
-            done += _succeeds(encoder.encode, video, targets[video])
+            done += _succeeds(_write, writer, video, targets[video])
     return 0 if done == len(targets) else 2
+
+
+def sampling_of(arguments: Namespace) -> dict[str, Any]:
+    """Which frames are sampled, as the command line says."""
+    return {name: getattr(arguments, name) for name in ("num_frames", "fps", "start", "end", "seek_mode")}
 
 
 def name_targets(videos: list[str], folder: Path) -> dict[str, Path]:
@@ -61,62 +67,15 @@ def name_targets(videos: list[str], folder: Path) -> dict[str, Path]:
     return targets
 
 
-class Encoder:
-    """Writes memories of videos.
-
-    Args:
-        model, processor: what sees the videos.
-        arguments: with the options about which frames are sampled.
-    """
-
-    def __init__(
-        self, model: "MambaMiaForConditionalGeneration", processor: "MambaMiaProcessor", arguments: Namespace
-    ):
-        from ..video_memory import encoder_fingerprint
-
-        self.model, self.processor = model, processor
-        names = ("num_frames", "fps", "start", "end", "seek_mode")
-        self.sampling = {name: getattr(arguments, name) for name in names}
-        self.made_by = encoder_fingerprint(model)
-
-    def encode(self, video: str, target: Path) -> None:
-        """Writes a memory, unless it is there already.
-
-        Raises:
-            OSError, ValueError: if the video cannot be read, or the file is there and is something else.
-        """
-        if not target.exists() or self._is_cut(target):
-            with _progress_bar(video) as progress:
-                memory = self.model.encode_video(video, self.processor, **self.sampling, progress=progress)
-            memory.save(target)
-        else:
-            self._check(target)
-            say(f"{target} is there already")
-        print(target, flush=True)
-
-    def _is_cut(self, target: Path) -> bool:
-        """Whether a part of the file is missing; nothing is lost if it is written again."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(target, "pt"):
-                return False
-        except SafetensorError:
-            say(f"{target} is cut off and is written again")
-            return True
-
-    def _check(self, target: Path) -> None:
-        """Raises unless the file is a memory that this model would make with these options."""
-        from ..video_memory import VideoMemory, describe_images, describe_sampling
-
-        try:
-            memory = VideoMemory.load(target)
-            memory.check({**self.made_by, "images": describe_images(self.processor.video_processor)})
-            memory.check({"sampling": describe_sampling(**self.sampling)})
-        except ValueError as error:
-            raise ValueError(
-                f"{str(error).rstrip('.')}; '{target}' stays as it is: name another folder, or delete it."
-            ) from error
+def _write(writer: "MemoryWriter", video: str, target: Path) -> None:
+    """Writes a memory, unless it is there already, and prints its path."""
+    with _progress_bar(video) as progress:
+        outcome = writer.write(video, target, progress)
+    if outcome == "written again":
+        say(f"{target} was cut off and is written again")
+    elif outcome == "there already":
+        say(f"{target} is there already")
+    print(target, flush=True)
 
 
 @contextmanager

@@ -264,11 +264,16 @@ def _build_parser() -> argparse.ArgumentParser:
         description = f"{purpose[0].upper()}{purpose[1:]}."
         command = commands.add_parser(name, help=purpose, description=description, allow_abbrev=False)
         command.set_defaults(run=run, command=command)
-        for heading, group in options.items():
-            target = command.add_argument_group(heading).add_mutually_exclusive_group() if heading else command
-            for option, settings in group.items():
-                target.add_argument(*option.split(", "), **settings)
+        add_options(command, options)
     return parser
+
+
+def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
+    """Adds the options under their headings to a parser."""
+    for heading, group in options.items():
+        target = parser.add_argument_group(heading).add_mutually_exclusive_group() if heading else parser
+        for option, settings in group.items():
+            target.add_argument(*option.split(", "), **settings)
 
 
 class _Parser(argparse.ArgumentParser):
