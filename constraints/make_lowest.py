@@ -14,7 +14,7 @@ def lowest_versions(setup_cfg: Path) -> str:
     parser.read(setup_cfg, encoding="utf-8")
     texts = [parser["options"]["install_requires"]]
     texts += [text for extra, text in parser["options.extras_require"].items() if extra != "cuda"]
-    found = re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(texts), flags=re.MULTILINE)
+    found = re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", "\n".join(texts), flags=re.MULTILINE)
     return "".join(f"{name}=={version}\n" for name, version in sorted(set(found)))
 
 
