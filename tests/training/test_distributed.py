@@ -51,6 +51,7 @@ def folder(tmp_path_factory) -> Path:
     also_broken = record("broken", "<video>\nWho?", "Nobody.", video="broken.mp4")
     records = [videos[0], videos[2], texts[0], texts[2], broken, also_broken, videos[1], texts[1]]
     (folder / "data.json").write_text(json.dumps(2 * records))
+    (folder / "evaluation.json").write_text(json.dumps(records[:5]))  # the last batch is filled up with the first ones
     return folder
 
 
@@ -67,6 +68,10 @@ def command_line(folder: Path, output: Path, batch_size: int) -> list[str]:
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_steps": 2,
+        "eval_data": folder / "evaluation.json",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": batch_size,
         "activation_checkpointing": True,
         "report_to": "none",
         "use_cpu": True,
@@ -78,6 +83,12 @@ def command_line(folder: Path, output: Path, batch_size: int) -> list[str]:
 def losses(output: Path) -> list[float]:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def evaluations(output: Path) -> list[dict]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    names = ("step", "eval_loss", "eval_accuracy", "eval_token_accuracy", "eval_samples", "eval_skipped")
+    return [{name: entry[name] for name in names} for entry in history if "eval_loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +119,10 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     assert len(losses(alone)) == STEPS
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
     assert len(set(losses(alone))) == STEPS
-    assert "2 samples were skipped" in printed
+    assert "2 samples were skipped and 0 were cut to max_length, 1 could not be evaluated" in printed
+    assert [entry["step"] for entry in evaluations(alone)] == [2, 4]
+    for one, two in zip(evaluations(alone), evaluations(tmp_path), strict=True):
+        assert two == pytest.approx(one, abs=1e-4) and (two["eval_samples"], two["eval_skipped"]) == (4, 1)
     assert len(list(tmp_path.glob("samples_*.jsonl"))) >= 1
 
     # One process loads what two have written, in full, and it is what one has trained.

@@ -19,9 +19,11 @@ from .arguments import StageArguments, parse_arguments
 from .checkpoints import checkpoint_to_resume
 from .collator import ConversationCollator, reported_samples
 from .data import open_dataset
+from .evaluation import AnswerMetrics, EvaluationSet, LastEvaluationCallback, answer_statistics
 from .logs import MediaLogCallback
 from .media import MediaReader, VisionFeatures
 from .stages import marks_of_turns, prepare_model
+from .trainer import StageTrainer
 
 
 def main(arguments: Sequence[str] | None = None) -> Trainer:
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
         trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"Out of memory with per_device_train_batch_size={training.per_device_train_batch_size} and "
+            f"Out of memory with per_device_train_batch_size={training.per_device_train_batch_size}, "
+            f"per_device_eval_batch_size={training.per_device_eval_batch_size} and "
             f"num_frames={stage.num_frames}: lower them, raise gradient_accumulation_steps, turn on "
             f"activation_checkpointing and bf16, precompute features, or shard with FSDP2; see docs/training.md."
         ) from error
@@ -56,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         samples = reported_samples(output)
+        unread = f", {len(samples['not evaluated'])} could not be evaluated" if stage.eval_data else ""
         print(
-            f"{len(samples['skipped'])} samples were skipped and {len(samples['cut'])} were cut to max_length; "
-            f"{output}/samples_*.jsonl say which and why."
+            f"{len(samples['skipped'])} samples were skipped and {len(samples['cut'])} were cut to max_length"
+            f"{unread}; {output}/samples_*.jsonl say which and why."
         )
     return trainer
 
@@ -74,12 +78,22 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
     collator = ConversationCollator(processor, media, stage.max_length, report, stage.length_scale)
     if not stage.streaming:
         collator.require_features(dataset)  # now rather than after hours
-    trainer = Trainer(
+    evaluation = None
+    if stage.eval_data is not None:
+        records = open_dataset(stage.eval_data, False, stage.media_folder, training.seed, stage.eval_split)
+        evaluation = EvaluationSet(records)
+        collator.require_features(evaluation)
+        collator.require_readable(evaluation)
+    trainer = StageTrainer(
         model=prepare_model(model, stage.stage, stage.lora_rank, marks_of_turns(processor)),
         args=training,
         train_dataset=dataset,
+        eval_dataset=evaluation,
         data_collator=collator,
         processing_class=processor,
+        compute_metrics=AnswerMetrics(),
+        preprocess_logits_for_metrics=answer_statistics,
+        callbacks=[LastEvaluationCallback()] if evaluation is not None else None,
     )
     trainer.callback_handler.callbacks.insert(0, MediaLogCallback())  # before those that write the logs somewhere
     return trainer

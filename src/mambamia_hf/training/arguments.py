@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import IntervalStrategy
 
 from .stages import STAGES
 
@@ -24,6 +25,12 @@ class StageArguments:
         metadata={"help": "JSON or JSONL files of records, a YAML file of several data sets, or a dataset."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream, in its own order."})
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "Data to evaluate on while training and at its end, as those of --data."}
+    )
+    eval_split: str = field(
+        default="validation", metadata={"help": "The split of eval_data where it is one dataset, as train[:1%]."}
+    )
     media_folder: str | None = field(default=None, metadata={"help": "Folder that relative paths start from."})
     features: str | None = field(default=None, metadata={"help": "Folder of precomputed features, used for pixels."})
     num_frames: int | None = field(default=None, metadata={"help": "Largest number of frames per video."})
@@ -98,10 +105,25 @@ def _check(stage: StageArguments, training: TrainingArguments) -> None:
         )
     if not stage.length_scale >= 1:
         raise ValueError(f"length_scale must be at least 1, not {stage.length_scale}; 1 leaves videos as they are.")
+    _check_evaluation(stage, training)
     if training.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor must be 0, not {training.label_smoothing_factor}: Trainer would compare each "
             f"token's scores with that token instead of the next one."
+        )
+
+
+def _check_evaluation(stage: StageArguments, training: TrainingArguments) -> None:
+    if stage.eval_data is None:
+        for name in ("do_eval", "eval_on_start", "load_best_model_at_end"):
+            if getattr(training, name):
+                strategy = IntervalStrategy(training.eval_strategy)
+                setting = name if strategy == IntervalStrategy.NO else f"eval_strategy={strategy.value}"
+                raise ValueError(f"{setting} needs data to evaluate on: give --eval_data, or leave it out.")
+    elif training.prediction_loss_only:
+        raise ValueError(
+            "prediction_loss_only must be False: the loss that Trainer computes alone counts samples that cannot be "
+            "read as 0."
         )
 
 

@@ -4,6 +4,7 @@ Datasets hand out records as they are. Whatever takes time or may fail, such as 
 collator, which runs in the workers of the data loader.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_mambamia import MambaMiaProcessor
+from .evaluation import EvaluationRecord, EvaluationSet, scored_places
 from .media import FIRST_TRIES, MediaReader, Medium, VisionFeatures
 from .records import media_path, parse_record, sample_id
 
@@ -44,21 +46,24 @@ class ConversationCollator:
     A record that cannot be used, as when its video cannot be decoded, is left out of the batch and reported. When none
     is left, the batch is one token that is not learned, so that all processes take equally many steps.
 
+    Records of an `EvaluationSet` are read whole and without gaps, and each has its row: one that cannot be used has
+    one token and no label.
+
     Args:
         processor: that of the model. Its chat template has to mark the assistant's turns with `{% generation %}`.
         media: the source of images and videos; by default a [`MediaReader`] with the processor's settings.
         max_length: the largest number of tokens per sample, no limit by default. Text after the last image or video
             is cut off, the media never are.
-        report: a JSONL file; every sample that is `"skipped"` or `"cut"` adds a line `{"sample", "checksum", "event",
-            "reason"}`.
+        report: a JSONL file; every sample that is `"skipped"`, `"cut"` or `"not evaluated"` adds a line `{"sample",
+            "checksum", "event", "reason"}`.
         length_scale: prepares the language model for longer videos, up to `length_scale` times: random gaps between
             the positions of a video's tokens stretch a sample, while most neighbours in time stay neighbours (as in
             PoSE: Zhu et al., ICLR 2024). 1 leaves no gaps.
 
     Raises:
         ValueError: if the template does not mark the assistant's turns. A batch raises it if the images and videos of
-            a sample alone exceed `max_length`, if one of them has no features, or if the first 20 records are all
-            unusable.
+            a sample alone exceed `max_length`, if one of them has no features, or if the first 20 records to learn
+            from are all unusable.
     """
 
     def __init__(
@@ -100,19 +105,23 @@ class ConversationCollator:
             vision_size)`; `pixel_values_videos (num_videos, num_frames, channels, height, width)` or
             `patch_features_videos (num_videos, num_frames, num_patches, vision_size)`, with `frame_mask (num_videos,
             num_frames)` and, where the model writes the times of frames, `video_timestamps`, a list of numbers for
-            each video, which nothing casts to the model's type.
+            each video, which nothing casts to the model's type. Of an `EvaluationSet` also `logits_to_keep
+            (batch_size, num_places)`: the scores of a whole prompt would not be read.
         """
-        samples = [sample for record in records if (sample := self._sample(record)) is not None]
+        evaluated = isinstance(records[0], EvaluationRecord)
         padding = self.processor.tokenizer.pad_token_id or 0  # any token will do, the attention mask hides it
-        if not samples:
-            samples = [_Sample(torch.tensor([padding]), torch.tensor([-100]), [])]
+        nothing = _Sample(torch.tensor([padding]), torch.tensor([-100]), [])
+        found = [self._sample(record) for record in records]
+        samples = [sample or nothing for sample in found if sample or evaluated] or [nothing]
         ids = [sample.input_ids for sample in samples]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence([sample.labels for sample in samples], batch_first=True, padding_value=-100),
         }
-        if self.length_scale > 1:
+        if evaluated:
+            batch["logits_to_keep"] = scored_places(batch["labels"])
+        elif self.length_scale > 1:
             # The gaps depend on which samples come together, so they are the same after resuming.
             names = "\n".join(map(sample_id, records))
             generator = torch.Generator().manual_seed(zlib.crc32(names.encode()))
@@ -165,8 +174,8 @@ class ConversationCollator:
         except Exception as error:  # decoders raise all kinds of errors for broken files
             self._skip(record, str(error))
             return None
-        length = len(input_ids)
-        if self.max_length is not None and length > self.max_length:
+        length, evaluated = len(input_ids), isinstance(record, EvaluationRecord)
+        if self.max_length is not None and length > self.max_length and not evaluated:
             placeholders = [place for place, token in enumerate(input_ids) if token in self._placeholders]
             if placeholders and placeholders[-1] >= self.max_length:
                 raise ValueError(
@@ -178,7 +187,7 @@ class ConversationCollator:
         if all(label == -100 for label in labels):
             self._skip(record, f"none of its first {len(labels)} tokens, of {length}, is the assistant's.")
             return None
-        self._used += 1
+        self._used += not evaluated
         return _Sample(torch.tensor(input_ids), torch.tensor(labels), media)
 
     def require_features(self, records: Iterable[dict[str, Any]]) -> None:
@@ -198,6 +207,22 @@ class ConversationCollator:
             except ValueError:
                 continue  # reported when it is met
             self._require_features(self.media, record, sources)
+
+    def require_readable(self, records: EvaluationSet) -> None:
+        """Checks before training that evaluation will find something, rather than after hours.
+
+        Args:
+            records: what will be evaluated on.
+
+        Raises:
+            ValueError: if none of the first 20 records can be used.
+        """
+        first = min(len(records), FIRST_TRIES)
+        if all(self._sample(record) is None for record in itertools.islice(records, first)):
+            raise ValueError(
+                f"None of the first {first} evaluation samples can be used; samples_*.jsonl in the output folder say "
+                f"why. Check the paths and the media folder."
+            )
 
     def _require_features(
         self, features: VisionFeatures, record: dict[str, Any], sources: list[tuple[str, Any]]
@@ -267,6 +292,9 @@ class ConversationCollator:
         return longer
 
     def _skip(self, record: dict[str, Any], reason: str) -> None:
+        if isinstance(record, EvaluationRecord):
+            self._note(record, "not evaluated", reason)
+            return
         self._note(record, "skipped", reason)
         self._skipped += 1
         if not self._used and self._skipped >= FIRST_TRIES:
@@ -291,9 +319,9 @@ def reported_samples(folder: Path) -> dict[str, set[tuple[str, int]]]:
         folder: where they are.
 
     Returns:
-        Ids and checksums of the samples that were `"skipped"`, and of those that were `"cut"`.
+        Ids and checksums of the samples that were `"skipped"`, `"cut"` and `"not evaluated"`.
     """
-    samples: dict[str, set[tuple[str, int]]] = {"skipped": set(), "cut": set()}
+    samples: dict[str, set[tuple[str, int]]] = {"skipped": set(), "cut": set(), "not evaluated": set()}
     for file in folder.glob("samples_*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:

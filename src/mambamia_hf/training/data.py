@@ -13,6 +13,7 @@ def open_dataset(
     streaming: bool = False,
     media_folder: str | os.PathLike[str] | None = None,
     seed: int = 42,
+    split: str = "train",
 ) -> Any:
     """Opens JSON and JSONL files, a mixture of data sets, or a dataset that `datasets` finds by name or in a folder.
 
@@ -22,6 +23,7 @@ def open_dataset(
             length, and could not find its place again after resuming in a later pass.
         media_folder: the folder that the media folders of a mixture are relative to, by default that of its file.
         seed: of what a mixture draws at random.
+        split: of one dataset; a mixture names those of its own.
 
     Returns:
         A list of records for files without `streaming`, a [`Mixture`], else a dataset of `datasets`, whose images and
@@ -40,7 +42,7 @@ def open_dataset(
             f"sets, or one dataset."
         )
     if not names[0].endswith((".yaml", ".yml")):
-        dataset = load_hub_dataset(names[0], streaming=streaming)
+        dataset = load_hub_dataset(names[0], split=split, streaming=streaming)
         return dataset.repeat(None) if streaming else dataset
     if streaming:
         raise ValueError(f"The mixture '{names[0]}' cannot be read as a stream; leave --streaming out.")
