@@ -74,5 +74,6 @@ def write_vista(folder: Path) -> Path:
         (folder / subset).mkdir(parents=True)
         write_video(folder / subset / f"CPLa78IpO9{number}_19_17to138.mp4", num_frames=10 + number, fps=4)
         one = record(f"{subset}_0", f"When is it?{OPTIONS}", "A", image=f"CPLa78IpO9{number}_19_17to138.mp4")
-        (folder / f"{subset}.json").write_text(json.dumps([one]))
+        name = subset.replace("spatiotemporal_niah_qa", "spatialtemporal_niah_qa")  # as it is published
+        (folder / f"{name}.json").write_text(json.dumps([one]))
     return folder

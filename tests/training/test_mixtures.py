@@ -5,15 +5,20 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from conversations import IMAGE, MIXED, TEXT, VIDEO, arguments, record
+from pages import code_with
 from published_data import write_llava_video, write_vista
 from training_runs import losses, run
 
 from mambamia_hf.training import ConversationCollator, MediaReader, features, load_mixture, open_dataset
 from mambamia_hf.training.mixtures import MixtureEntry
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 def write(folder, yaml, **files):
@@ -141,6 +146,17 @@ class TestMedia:
         assert list(mixture) == expected[:5]
         batch = ConversationCollator(processor, MediaReader(processor, num_frames=3))(list(mixture))
         assert batch["pixel_values_videos"].shape[:2] == (5, 3)
+
+    def test_the_example_of_the_guide(self, tmp_path):
+        """With folders in place of what it names on the Hub."""
+        write_llava_video(tmp_path / "lmms-lab" / "LLaVA-Video-178K", ("0_30_s",))
+        subset = tmp_path / "LLaVA-Video-178K" / "0_30_s_nextqa"
+        subset.mkdir(parents=True)
+        for task in ("oe", "mc"):
+            records = [record(f"{task}{number}", "<image>?", "Yes.", video="a.mp4") for number in range(20)]
+            (subset / f"0_30_s_nextqa_{task}_qa_processed.json").write_text(json.dumps(records))
+        drawn = ids(load_mixture(write(tmp_path, code_with(GUIDE, "yaml", "json_path"))))
+        assert len(drawn) == 4 + 5 and drawn[4:] == 5 * ["AC587"] and len(set(drawn[:4])) == 4
 
     def test_several_configurations_and_none_named(self, tmp_path):
         data = write_llava_video(tmp_path / "data", ("0_30_s",))
