@@ -50,7 +50,9 @@ def folder(tmp_path_factory) -> Path:
     broken = record("broken", "<video>\nWhat?", "Nothing.", video="broken.mp4")
     also_broken = record("broken", "<video>\nWho?", "Nobody.", video="broken.mp4")
     records = [videos[0], videos[2], texts[0], texts[2], broken, also_broken, videos[1], texts[1]]
-    (folder / "data.json").write_text(json.dumps(2 * records))
+    (folder / "data.json").write_text(json.dumps(records))
+    mixture = "datasets:\n- {json_path: data.json, sampling_strategy: 'random:100%', weight: 2}"  # twice, in order
+    (folder / "mixture.yaml").write_text(mixture)
     (folder / "evaluation.json").write_text(json.dumps(records[:5]))  # the last batch is filled up with the first ones
     return folder
 
@@ -59,7 +61,7 @@ def command_line(folder: Path, output: Path, batch_size: int) -> list[str]:
     settings = {
         "stage": "video",
         "model": folder / "model",
-        "data": folder / "data.json",
+        "data": folder / "mixture.yaml",
         "media_folder": folder,
         "output_dir": output,
         "learning_rate": 1e-3,
