@@ -157,6 +157,17 @@ class TestDatasets:
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert "'broken' was skipped" in caplog.text and "'broken video' was skipped" in caplog.text
 
+    def test_turns_as_a_sequence(self, tmp_path):
+        """Which `datasets` gives as a dictionary of lists."""
+        turns = datasets.Sequence({"from": datasets.Value("string"), "value": datasets.Value("string")})
+        features = datasets.Features(id=datasets.Value("string"), video=datasets.Value("string"), conversations=turns)
+        (tmp_path / "data").mkdir()
+        lists = {name: [turn[name] for turn in VIDEO["conversations"]] for name in ("from", "value")}
+        dataset = datasets.Dataset.from_list([{**VIDEO, "conversations": lists}], features)
+        dataset.to_parquet(tmp_path / "data" / "train.parquet")
+        (one,) = open_dataset([tmp_path / "data"])
+        assert isinstance(one["conversations"], dict) and parse_record(one) == parse_record(VIDEO)
+
     def test_several_datasets(self):
         with pytest.raises(ValueError, match=r"The data are a, b; give .* one \.yaml file"):
             open_dataset(["a", "b"])

@@ -134,6 +134,8 @@ def parse_record(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tup
             f"{name} has no `conversations` but {', '.join(map(repr, record))}; write records in LLaVA's format, and "
             f"set `remove_unused_columns=False` in the TrainingArguments."
         )
+    if isinstance(turns, dict):  # as `datasets` gives a `Sequence` of turns
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     sources = _sources(record, name)
     kinds = {"<image>": "image" if sources["image"] or not sources["video"] else "video", "<video>": "video"}
     messages = [_parse_turn(turn, kinds, name) for turn in turns]
