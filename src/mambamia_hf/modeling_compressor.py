@@ -22,6 +22,7 @@ from .compressor_segments import embed_in_segments, run_in_segments
 from .configuration_mambamia import MambaMiaCompressorConfig
 from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
+from .vision_tower import does_more
 
 
 @dataclass
@@ -207,12 +208,14 @@ class MambaMiaMamba1SSM(nn.Module):
         return y[:, outputs], delta, None
 
 
-class MambaMiaInputProjection(nn.Linear):
-    """A linear layer that can compute a part of its output features only."""
+def _part_of(linear: nn.Module, x: Tensor, features: slice) -> Tensor:
+    """Some of the output features of a linear layer without a bias: `(..., in_features)` to `(..., num_features)`.
 
-    def forward(self, x: Tensor, features: slice = slice(None)) -> Tensor:
-        """`(..., in_features)` to `(..., num_features)`."""
-        return nn.functional.linear(x, self.weight[features])
+    Adapters, quantised weights and hooks, as those of offloading are, compute all features, of which some are taken.
+    """
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not does_more(linear):
+        return nn.functional.linear(x, linear.weight[features])
+    return linear(x)[..., features]
 
 
 class MambaMiaMixer(nn.Module):
@@ -230,7 +233,7 @@ class MambaMiaMixer(nn.Module):
         self.forward_ssm = ssm_class(config)
         self.backward_ssm = ssm_class(config) if bidirectional else None
         self.in_split = [config.intermediate_size, sum(self.forward_ssm.input_split)]
-        self.in_proj = MambaMiaInputProjection(config.hidden_size, sum(self.in_split), bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.in_split), bias=False)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(
@@ -282,16 +285,11 @@ class MambaMiaMixer(nn.Module):
 
     def project_gate(self, hidden_states: Tensor) -> Tensor:
         """The gate z `(..., intermediate_size)` alone."""
-        return self._project(hidden_states, slice(0, self.in_split[0]))
+        return _part_of(self.in_proj, hidden_states, slice(0, self.in_split[0]))
 
     def project_inputs(self, hidden_states: Tensor) -> Tensor:
         """The inputs of the scans alone."""
-        return self._project(hidden_states, slice(self.in_split[0], None))
-
-    def _project(self, hidden_states: Tensor, features: slice) -> Tensor:
-        if isinstance(self.in_proj, MambaMiaInputProjection):
-            return self.in_proj(hidden_states, features)
-        return self.in_proj(hidden_states)[..., features]  # an adapter or a quantized layer computes all features
+        return _part_of(self.in_proj, hidden_states, slice(self.in_split[0], None))
 
 
 class MambaMiaGatedPatchAggregation(nn.Module):
@@ -318,10 +316,10 @@ class MambaMiaGatedPatchAggregation(nn.Module):
 
     def weigh(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """`(batch_size, num_rows, 1, hidden_size)` to α `(..., 1, K)` and g `(..., 1, 1)`."""
-        query = self.dropout(anchor)
+        query = self.dropout(anchor).squeeze(2)
         weights = _full_precision(self.weight_proj(query)).softmax(dim=-1).to(query.dtype)
         gate = self.gate_margin + (1 - 2 * self.gate_margin) * self.gate_proj(query).sigmoid()
-        return weights, gate
+        return weights.unsqueeze(2), gate.unsqueeze(2)
 
 
 class MambaMiaSpatialBlock(GradientCheckpointingLayer):
@@ -412,10 +410,10 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         z, inputs = mixer.project(mixer_input, inputs)
         y, _, state = mixer.scan(inputs, *states)
         h, u = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, y * nn.functional.silu(z)))
-        anchor = h[:, :, -1:] + mixer.out_proj(u[:, :, -1:])
-        weights, gate = self.gpa.weigh(anchor)
-        average = weights @ h[:, :, :-1] + mixer.out_proj(weights @ u[:, :, :-1])
-        return torch.lerp(anchor, average, gate).squeeze(2), state
+        anchor = h[:, :, -1] + mixer.out_proj(u[:, :, -1])
+        weights, gate = self.gpa.weigh(anchor.unsqueeze(2))
+        averages = [(weights @ tensor[:, :, :-1]).squeeze(2) for tensor in (h, u)]
+        return torch.lerp(anchor, averages[0] + mixer.out_proj(averages[1]), gate.squeeze(2)), state
 
     def _anchors(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[:, self.row_length - 1 :: self.row_length]
@@ -561,7 +559,7 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
             anchors, frame_deltas = self._compress_masked(patch_features, frame_mask.bool())
         tokens = None
         if not anchors_only:
-            tokens = self.output_proj(self.norm(anchors))
+            tokens = self.output_proj(self.norm(anchors).flatten(1, 2)).unflatten(1, anchors.shape[1:3])
             if frame_mask is not None:
                 tokens = tokens.masked_fill(~frame_mask.bool()[:, :, None, None], 0.0)
         return MambaMiaCompressorOutput(last_hidden_state=tokens, anchors=anchors, frame_deltas=frame_deltas)
@@ -607,7 +605,9 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
 
     def embed(self, patch_features: Tensor) -> Tensor:
         """`(batch_size, num_frames, num_patches, input_size)` to the sequence of `insert_anchors`."""
-        return self.input_norm(self.insert_anchors(self.input_proj(patch_features)))
+        # Linear layers get three dimensions here: some adapters take four for those of images.
+        patches = self.input_proj(patch_features.flatten(1, 2)).unflatten(1, patch_features.shape[1:3])
+        return self.input_norm(self.insert_anchors(patches))
 
     def insert_anchors(self, patches: Tensor) -> Tensor:
         """`(batch_size, num_frames, num_patches, hidden_size)` to `(batch_size, num_rows * (K + 1), hidden_size)`:

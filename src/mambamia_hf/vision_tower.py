@@ -29,7 +29,7 @@ def tower_until(tower: nn.Module, layer: int) -> nn.Module | None:
     encoder, norm = tower._modules["encoder"], tower._modules["post_layernorm"]
     assert encoder is not None and norm is not None
     layers = encoder._modules["layers"]
-    if not isinstance(layers, nn.ModuleList) or any(_does_more(module) for module in (tower, encoder, norm)):
+    if not isinstance(layers, nn.ModuleList) or any(does_more(module) for module in (tower, encoder, norm)):
         return None
     view = _with(tower, encoder=_with(encoder, layers=layers[:layer]), post_layernorm=nn.Identity())
     if "head" in view._modules:
@@ -44,10 +44,10 @@ def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
     return view
 
 
-def _does_more(module: nn.Module) -> bool:
+def does_more(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says."""
     is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None
     return bool(is_replaced or module._forward_pre_hooks or module._forward_hooks)
 
 
-__all__ = ["tower_until"]
+__all__ = ["does_more", "tower_until"]
