@@ -506,6 +506,11 @@ class MambaMiaModel(MambaMiaEncoderBase):
         past_length = cached_length(cache)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             attention_mask = _cut_mask(cache, attention_mask, past_length + length)
+        media = (pixel_values, patch_features, pixel_values_videos, patch_features_videos, video_memories)
+        zero = None
+        if self.training and torch.is_grad_enabled() and not mm_encoder_outputs and all(x is None for x in media):
+            # Before the tokens are embedded, as media are: gradients of all processes come in one order.
+            zero = self._zero_of_compressor()
         embedded = self.embed_multimodal(
             input_ids,
             inputs_embeds,
@@ -528,12 +533,9 @@ class MambaMiaModel(MambaMiaEncoderBase):
             vision_batch_size=vision_batch_size,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        inputs_embeds = embedded.inputs_embeds
-        if not embedded.outputs and self.training and torch.is_grad_enabled():
-            inputs_embeds = inputs_embeds + self._zero_of_compressor()
         cache_name = self.cache_name
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embedded.inputs_embeds if zero is None else embedded.inputs_embeds + zero,
             attention_mask=embedded.attention_mask,
             position_ids=embedded.position_ids,
             use_cache=use_cache,
@@ -842,6 +844,11 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         media = {name: kwargs.pop(name) for name in _MEDIA_ARGUMENTS if name in kwargs}
         kwargs.pop("mm_token_type_ids", None)
         if cache is not None:
+            if self._learns_prompt:
+                raise ValueError(
+                    "With a prompt that PEFT learned, `generate` cannot go on from a cache; pass the whole dialogue "
+                    "without one."
+                )
             kwargs[self._generation_cache_name] = cache
         indices, length = None, 0
         if any(media.get(name) is not None for name in _MEDIA):
@@ -910,8 +917,9 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
             getattr(settings, "prefill_chunk_size", None)
             for settings in (SimpleNamespace(**kwargs), generation_config, self.generation_config)
         )
-        if past_length or in_chunks:
-            # Transformers takes embeddings for a whole sequence only, features also for a part of it.
+        if past_length or in_chunks or self._learns_prompt:
+            # Transformers takes embeddings for a whole sequence only, features also for a part of it. What learns
+            # prompts embeds the tokens itself.
             kwargs["mm_encoder_outputs"] = {
                 modality: MambaMiaFeaturesOutput(pooler_output=output.pooler_output)
                 for modality, output in embedded.outputs.items()
@@ -975,6 +983,21 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = take_tokens(kwargs["position_ids"], indices, 0)
         return indices
+
+    @property
+    def _learns_prompt(self) -> bool:
+        """Whether PEFT's prompt learning makes the inputs of `generate`: its method, in place of the model's own,
+        takes no embeddings."""
+        return "inputs_embeds" not in inspect.signature(self.prepare_inputs_for_generation).parameters
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Transformers', with the cache under the name by which PEFT's prompt learning knows it."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if "cache" in inputs:  # since Transformers 5.24
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
 
     @property
     def _generation_cache_name(self) -> str:
