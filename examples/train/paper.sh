@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains in the paper's order: an image model comes first, before there is a compressor; then the compressor alone learns
-# on images, then compressor and language model on videos.
+# Trains in the paper's order: an image model comes first, before there is a compressor; then the compressor alone
+# learns on images, then compressor and language model on videos.
 #
 #     examples/train/paper.sh IMAGE_MODEL DATA OUTPUT [ARGUMENT...]
 #
 # IMAGE_MODEL is an image model with an MLP in LLaVA's layout, which LLaVA's own code trains (docs/conversion.md). DATA
 # holds the data sets as they are published, LLaVA-Pretrain, LLaVA-Video-178K and VISTA-400K (docs/training.md has the
-# commands). paper/align.yaml and paper/video.yaml, which say what of them is used, are copied there, to be changed. More
-# arguments are those of both stages; stage.sh says how several processes train. After an interruption, the same command
-# goes on.
+# commands). paper/align.yaml and paper/video.yaml say what of them is used; they are copied there, to be changed. More
+# arguments are those of both stages; stage.sh says how several processes train. After an interruption, the same
+# command goes on.
 set -euo pipefail
 image_model=$1 data=$2 output=$3
 here=$(dirname "$0")
