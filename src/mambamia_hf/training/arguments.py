@@ -29,7 +29,7 @@ class StageArguments:
         default=None, metadata={"help": "Data to evaluate on while training and at its end, as those of --data."}
     )
     eval_split: str = field(
-        default="validation", metadata={"help": "The split of eval_data where it is one dataset, as train[:1%]."}
+        default="validation", metadata={"help": "The split of eval_data where it is one dataset, as train[:1%%]."}
     )
     media_folder: str | None = field(default=None, metadata={"help": "Folder that relative paths start from."})
     features: str | None = field(default=None, metadata={"help": "Folder of precomputed features, used for pixels."})
