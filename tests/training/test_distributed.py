@@ -1,9 +1,11 @@
 """Two CPU processes over gloo, started by `accelerate launch` with the configs that come along, train as one does."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ STEPS = 4
 FSDP_ON_CPU = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this version of torch needs a GPU"
 )
+DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+# Programs that stand between accelerate and the training, which want GPUs without them.
+ON_CPU = {"fsdp2": "fsdp_on_cpu.py", "zero2": "deepspeed_on_cpu.py"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def command_line(folder: Path, output: Path, batch_size: int) -> list[str]:
+def command_line(folder: Path, output: Path, batch_size: int, config: str | None = None) -> list[str]:
     settings = {
         "stage": "video",
         "model": folder / "model",
@@ -76,10 +81,11 @@ def command_line(folder: Path, output: Path, batch_size: int) -> list[str]:
         "per_device_eval_batch_size": batch_size,
         "activation_checkpointing": True,
         "report_to": "none",
-        "use_cpu": True,
         "disable_tqdm": True,
     }
-    return arguments(**settings)
+    # Asked for CPUs, accelerate leaves DeepSpeed out.
+    where = {"ddp_backend": "gloo"} if config == "zero2" else {"use_cpu": True}
+    return arguments(**settings, **where)
 
 
 def losses(output: Path) -> list[float]:
@@ -102,22 +108,30 @@ def alone(folder) -> Path:
 
 def train_with_two_processes(config: str, arguments: list[str]) -> str:
     """What they print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    command += ["--config_file", CONFIGS / f"{config}.yaml"]
-    command += [HELPERS / "fsdp_on_cpu.py"] if config == "fsdp2" else ["-m"]
-    command += ["mambamia_hf.training", *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    result = launch_two_processes(config, arguments)
     assert result.returncode == 0, result.stderr[-8000:]
     return result.stdout
 
 
+def launch_two_processes(config: str, arguments: list[str], *settings: str) -> subprocess.CompletedProcess:
+    """Runs accelerate with a config and further settings of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
+    command += ["--config_file", CONFIGS / f"{config}.yaml", *settings]
+    command += [HELPERS / ON_CPU[config]] if config in ON_CPU else ["-m"]
+    command += ["mambamia_hf.training", *arguments]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", pytest.param("fsdp2", marks=FSDP_ON_CPU)])
+@pytest.mark.parametrize(
+    "config", ["ddp", pytest.param("fsdp2", marks=FSDP_ON_CPU), pytest.param("zero2", marks=DEEPSPEED)]
+)
 def test_two_processes_train_as_one(folder, alone, config, tmp_path):
-    printed = train_with_two_processes(config, command_line(folder, tmp_path, batch_size=2))
+    printed = train_with_two_processes(config, command_line(folder, tmp_path, 2, config))
     assert len(losses(alone)) == STEPS
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
     assert len(set(losses(alone))) == STEPS
@@ -137,6 +151,14 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     assert torch.isfinite(loaded(torch.tensor([[7, 9, 11]])).logits).all()
 
     # Two go on from what two have saved on the way.
-    again = command_line(folder, tmp_path / "again", batch_size=2)
+    again = command_line(folder, tmp_path / "again", 2, config)
     train_with_two_processes(config, [*again, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path), abs=1e-4)
+
+
+@pytest.mark.slow
+@DEEPSPEED
+def test_zero_3_is_refused(folder, tmp_path):
+    result = launch_two_processes("zero2", command_line(folder, tmp_path, 2, "zero2"), "--zero_stage", "3")
+    assert result.returncode != 0
+    assert "use examples/train/fsdp2.yaml" in result.stderr

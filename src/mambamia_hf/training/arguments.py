@@ -106,6 +106,12 @@ def _check(stage: StageArguments, training: TrainingArguments) -> None:
     if not stage.length_scale >= 1:
         raise ValueError(f"length_scale must be at least 1, not {stage.length_scale}; 1 leaves videos as they are.")
     _check_evaluation(stage, training)
+    if training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 wants all processes to call the same modules, and how often vision tower and "
+            "compressor are called depends on the videos of a process; use examples/train/fsdp2.yaml, which splits "
+            "the weights as well, or zero2.yaml."
+        )
     if training.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor must be 0, not {training.label_smoothing_factor}: Trainer would compare each "
