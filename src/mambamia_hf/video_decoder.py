@@ -1,5 +1,6 @@
 """An open video file with its decoder: what may be opened, and pictures as a person would see them."""
 
+import math
 import os
 import threading
 from collections import deque
@@ -18,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
+from .video_mp4 import unreadable_track
 from .video_sources import VideoLimits
 from .video_times import MAX_REORDERED
 
@@ -43,6 +45,12 @@ UNREADABLE = (av.FFmpegError, IndexError, MemoryError)
 # Stream kinds that accompany a video.
 _NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
+# How far a display matrix may be from a quarter turn: a part that should be 0, and one scale to the other.
+_MOST_SLANT, _MOST_STRETCH = 1 / 32, 4
+
+# What to say of one that is farther.
+NOT_UPRIGHT = "is no quarter turn or mirror image: pictures are shown as they are stored, and may not be upright."
+
 # A flag of FFmpeg's formats that PyAV has no name for: timestamps may jump (AVFMT_TS_DISCONT).
 _TIMES_MAY_JUMP = 0x0200
 
@@ -58,6 +66,8 @@ def open_video(path: str, name: str, limits: VideoLimits) -> tuple[InputContaine
     Raises:
         ValueError: if this is no video file, has no video stream, its codec is unknown, or it is beyond the limits.
     """
+    if (track := unreadable_track(path)) is not None:
+        raise ValueError(f"{name} numbers a track {track}, more than players count: the file is damaged.")
     # Not `options`: these would be for the streams, too, and PyAV 14 crashes where a header does not list the streams.
     options = {"format_whitelist": FILE_FORMATS, "protocol_whitelist": "file"}
     try:
@@ -257,14 +267,24 @@ class Decoder:
         """See [`PictureMaker.convert`]."""
         return self._pictures.convert(frame)
 
+    @property
+    def is_turn_unknown(self) -> bool:
+        """See [`PictureMaker`]."""
+        return self._pictures.is_turn_unknown
+
 
 class PictureMaker:
-    """Makes pictures of the frames of one stream, all of the same size before they are turned."""
+    """Makes pictures of the frames of one stream, all of the same size before they are turned.
+
+    Attributes:
+        is_turn_unknown (`bool`): Whether the display matrix of a frame was none of the eight of upright pictures.
+    """
 
     def __init__(self, stream: VideoStream, limits: VideoLimits) -> None:
         context = stream.codec_context
         self._size = _display_size(context.width, context.height, cast(Fraction, stream.sample_aspect_ratio), limits)
         self._reformatter = VideoReformatter()  # setting one up takes far longer than a conversion
+        self.is_turn_unknown = False
 
     def convert(self, frame: av.VideoFrame) -> np.ndarray:
         """The picture as a person would see it: upright, square pixels, transparent parts white.
@@ -278,7 +298,9 @@ class PictureMaker:
         if has_alpha:
             opacity = picture[..., 3:].astype(np.uint16)
             picture = ((picture[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
-        return np.ascontiguousarray(_upright(picture, frame))
+        turn = _turn(frame)
+        self.is_turn_unknown |= turn is None
+        return np.ascontiguousarray(picture if turn is None else _turned(picture, turn))
 
 
 def _display_size(
@@ -301,25 +323,39 @@ def _has_alpha(layout: av.VideoFormat) -> bool:
     return layout.name == "pal8" or any(component.is_alpha for component in layout.components)
 
 
-def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors as the display matrix of the frame says, to the nearest quarter turn."""
-    across, swapped_down, swapped_across, down = _display_matrix(frame)
-    if abs(swapped_down) + abs(swapped_across) > abs(across) + abs(down):
+def _turned(picture: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
+    """Turns and mirrors a picture, see `_turn`."""
+    is_swapped, is_mirrored, is_flipped = turn
+    if is_swapped:
         picture = picture.swapaxes(0, 1)
-        across, down = swapped_across, swapped_down
-    if across < 0:
+    if is_mirrored:
         picture = picture[:, ::-1]
-    if down < 0:
+    if is_flipped:
         picture = picture[::-1]
     return picture
 
 
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool] | None:
+    """Whether rows become columns, and then left becomes right and top becomes bottom, as the display matrix says.
+
+    `None` for a matrix that would do something else: a damaged one.
+    """
+    a, b, c, d = _display_matrix(frame)
+    is_swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    (across, down), others = ((c, b), (a, d)) if is_swapped else ((a, d), (b, c))
+    least, most = sorted((abs(across), abs(down)))
+    if least == 0 or most > _MOST_STRETCH * least or max(map(abs, others)) > _MOST_SLANT * least:
+        return None
+    return is_swapped, across < 0, down < 0
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     """What x and y of a pixel become: x goes to `(first, second)`, y to `(third, fourth)`."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # a kind of side data that PyAV does not know hides all others
-        return [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][round(frame.rotation / 90) % 4]
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
     if data is None:
         return 1, 0, 0, 1
     a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()

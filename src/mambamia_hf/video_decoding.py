@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .video_decoder import Decoder, is_b_frame, run_in_threads
+from .video_decoder import NOT_UPRIGHT, Decoder, is_b_frame, run_in_threads
 from .video_index import PacketIndex, TimedVideoMetadata, index_by_decoding, read_index
 from .video_sources import VideoLimits, VideoSource, as_local_file
 from .video_times import MAX_REORDERED
@@ -142,7 +142,8 @@ class VideoReader:
                 wanted of a video without any.
 
         Warns:
-            UserWarning: if some of the frames cannot be decoded or are damaged, or key frames are repeated.
+            UserWarning: if some of the frames cannot be decoded or are damaged, may not be upright, or key frames are
+                repeated.
         """
         indices = self._wanted(indices)
         bar = tqdm(total=len(indices), desc=f"Decoding {self._name}", unit="frame") if progress else None
@@ -205,6 +206,8 @@ class VideoReader:
             )
         self.metadata.height, self.metadata.width = images.size
         self._warn_of_damage(images.damaged)
+        if images.is_turn_unknown:
+            warnings.warn(f"The display matrix of {self._name} {NOT_UPRIGHT}", stacklevel=3)
         if num_readable < num_wanted:
             warnings.warn(
                 f"{self._name} is damaged: only {num_readable} of the {num_wanted} sampled frames can be decoded and "
@@ -439,6 +442,7 @@ class _Images:
             number before where a packet shows nothing of its own.
         damaged (`set[int]`): The numbers of frames that the decoder knows to be wrong.
         size (`tuple[int, int]`): Height and width of the upright frames in the file.
+        is_turn_unknown (`bool`): Whether the file does not say which way up the frames are.
     """
 
     def __init__(self, indices: np.ndarray, transform: Transform | None = None, bar: tqdm | None = None) -> None:
@@ -447,6 +451,7 @@ class _Images:
         self.found = np.full(len(indices), -1)
         self.damaged: set[int] = set()
         self.size = (0, 0)
+        self.is_turn_unknown = False
         self.stop = threading.Event()
         self._indices, self._order = indices, np.argsort(indices)
         self._transform, self._bar = transform, bar
@@ -460,6 +465,7 @@ class _Images:
         places = self._order[slice(*np.searchsorted(self._indices, [index, index + 1], sorter=self._order))]
         with self._lock:
             self.size = self.size if any(self.size) else (picture.shape[1], picture.shape[2])
+            self.is_turn_unknown |= decoder.is_turn_unknown
             self._store(places, pixels)
             self.found[places] = number
             if self._bar is not None:

@@ -22,6 +22,7 @@ from transformers.video_utils import VideoMetadata
 
 from .video_damage import damaged_places, flv_tags
 from .video_decoder import UNREADABLE, Decoder, is_image, may_jump, open_video, run_in_threads
+from .video_mp4 import contradicting_durations
 from .video_sources import VideoLimits
 from .video_times import MAX_REORDERED, longest_believable_gap, repaired_times, typical_step
 
@@ -40,6 +41,12 @@ _TRIAL_FRAMES = 100
 
 # How many times as long as the shortest the longest step between two frames may be, where times are rounded.
 _MAX_UNEVENNESS = 1.5
+
+# By what share two clocks of a file may differ.
+_CLOCKS_DIFFER = 0.05
+
+# How far apart in seconds frames usually are, from those of a fast camera to those of slides.
+_SHORTEST_STEP, _LONGEST_STEP = 0.001, 60.0
 
 # Containers may round times to milliseconds.
 _TIME_TOLERANCE = 1e-3
@@ -176,6 +183,7 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
         if is_image(container, int(packets.is_shown.sum())):
             raise ValueError(f"{name} is an image where a video is meant: pass it as an image.")
         announced = _announced_duration(container, stream, packets)
+        in_words = _duration_in_words(stream)
         index = _index_by_packets(packets, container, stream)
         _warn_of_damage(packets, container, stream, path, name)
         needs_decoding = _needs_the_start(container, stream, path)
@@ -192,6 +200,8 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
         )
     if packets.is_cut:
         _warn_of_cut(index.metadata, announced, name)
+    elif not index.is_retimed:
+        _warn_of_clocks(path, container, index, in_words, name)
     return index
 
 
@@ -400,11 +410,39 @@ def _announced_duration(container: InputContainer, stream: VideoStream, packets:
     if stream.duration:
         skipped = start - float((stream.start_time or 0) * (stream.time_base or 1)) if first else 0.0
         return float(stream.duration * (stream.time_base or 1)) - skipped
-    # Matroska and WebM state it as 00:00:25.025000000.
-    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-        hours, minutes, seconds = map(float, match.groups())
-        return 3600 * hours + 60 * minutes + seconds - start
+    if (words := _duration_in_words(stream)) is not None:
+        return words - start
     return container.duration / av.time_base - start if container.duration else None
+
+
+def _duration_in_words(stream: VideoStream) -> float | None:
+    """The end of a stream in seconds, which Matroska and WebM state as 00:00:25.025000000."""
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match is None:
+        return None
+    hours, minutes, seconds = map(float, match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _warn_of_clocks(path: str, container: InputContainer, index: VideoIndex, stated: float | None, name: str) -> None:
+    """Tells where a file states two durations, or frames follow each other as no camera takes and nobody shows them.
+
+    Args:
+        stated: how many seconds the file lasts by what Matroska says in words, which does not depend on its clock.
+    """
+    metadata = index.metadata
+    durations = contradicting_durations(path) if "mp4" in container.format.name else None
+    if stated is not None and metadata.duration > stated * (1 + _CLOCKS_DIFFER) + 0.5:
+        durations = stated, metadata.duration
+    step = typical_step(metadata.frame_timestamps, metadata.duration)
+    if durations is not None:
+        first, second = durations
+        problem = f"by its header, it lasts {first:.1f} s and {second:.1f} s; frames may be left out"
+    elif len(metadata.frame_timestamps) > 1 and not _SHORTEST_STEP <= step <= _LONGEST_STEP:
+        problem = f"its frames follow each other every {step:.3g} s; its clock may be damaged"
+    else:
+        return
+    warnings.warn(f"The times in {name} cannot be trusted: {problem}.", stacklevel=5)
 
 
 def _is_short(duration: float, announced: float | None) -> bool:

@@ -5,6 +5,7 @@ import os
 import struct
 import threading
 import warnings
+from pathlib import Path
 
 import av
 import numpy as np
@@ -42,6 +43,15 @@ def corners(frame: torch.Tensor) -> str:
     return "".join("W" if value.min() > 150 else "RGB"[int(value.argmax())] for value in values)
 
 
+def write_turned(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """Writes `four_colours` with a display matrix of these parts, in units of 1 / 65536."""
+    content = bytearray(write_video(path, images=[four_colours()] * 5).read_bytes())
+    start = content.index(b"tkhd") + 44
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
 class TestPictures:
     @pytest.mark.parametrize(
         ("matrix", "expected"),
@@ -57,16 +67,37 @@ class TestPictures:
         ],
     )
     def test_orientation(self, tmp_path, matrix, expected):
-        path = write_video(tmp_path / "v.mp4", images=[four_colours()] * 5)
-        a, b, c, d = (value << 16 for value in matrix)
-        content = bytearray(path.read_bytes())
-        start = content.index(b"tkhd") + 44
-        content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-        path.write_bytes(content)
+        path = write_turned(tmp_path / "v.mp4", *(value << 16 for value in matrix))
         frames, metadata = decode_video(path)
         assert corners(frames[0]) == expected
         assert frames.shape[2:] == ((48, 64) if matrix[0] else (64, 48))
         assert (metadata.height, metadata.width) == frames.shape[2:]
+
+    @pytest.mark.parametrize(
+        "matrix", [(2 << 16, 0, 0, 2 << 16), (1 << 15, 3, -3, 1 << 15), (1 << 16, 700, -700, 1 << 16)]
+    )
+    def test_orientation_in_other_units_and_rounded(self, tmp_path, matrix):
+        frames, _ = decode_video(write_turned(tmp_path / "v.mp4", *matrix))
+        assert corners(frames[0]) == "RGBW" and frames.shape[2:] == (48, 64)
+
+    @pytest.mark.parametrize(
+        "matrix",
+        [
+            (0, 0, 0, 0),
+            (0, 0, 0, 1 << 16),
+            (2**31 - 1,) * 4,
+            (-(2**31),) * 4,
+            (1 << 16, 1 << 16, 0, 1 << 16),
+            (1 << 16, 1 << 30, 0, 1 << 16),
+            (56756, 32768, -32768, 56756),
+            (0, 1 << 16, -(1 << 22), 0),
+        ],
+    )
+    def test_orientation_that_is_none(self, tmp_path, matrix):
+        """Zeroed, enormous, sheared by a flipped bit, a twelfth of a turn, and stretched."""
+        with pytest.warns(UserWarning, match="display matrix of .*v.mov' is no quarter turn or mirror image"):
+            frames, _ = decode_video(write_turned(tmp_path / "v.mov", *matrix))
+        assert corners(frames[0]) == "RGBW"
 
     @pytest.mark.parametrize(("ratio", "size"), [("4/3", (48, 85)), ("1/2", (96, 64)), ("1/1", (48, 64))])
     def test_pixels_that_are_not_square(self, tmp_path, ratio, size):
