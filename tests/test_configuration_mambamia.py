@@ -181,6 +181,39 @@ def test_impossible_models(settings, message):
         MambaMiaConfig(**settings)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (None, "delta_loss_coef"),
+        (None, "keep_ratio"),
+        ("compressor_config", "rms_norm_eps"),
+        ("compressor_config", "A_init_max"),
+        ("text_config", "rms_norm_eps"),
+        ("text_config", "attention_dropout"),
+        ("vision_config", "layer_norm_eps"),
+        ("vision_config", "a_field_that_nobody_knows"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(tmp_path, part, name, value):
+    given = {name: value} if part is None else {part: {name: value}}
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, not {value}"):
+        tiny_config(**given)
+    tiny_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (saved if part is None else saved[part])[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, not {value}"):
+        MambaMiaConfig.from_pretrained(tmp_path)
+
+
+def test_numbers_that_are_none_within_a_setting():
+    with pytest.raises(ValueError, match=r"rope_parameters\.rope_theta must be a finite number, not nan"):
+        tiny_config(text_config={"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}})
+    with pytest.raises(ValueError, match="time_step_limit must be two rising numbers"):
+        MambaMiaCompressorConfig(time_step_limit=(0.0, float("nan")))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,6 +1,7 @@
 """What the files of a checkpoint say, checked before anything is built or opened by it."""
 
 import json
+import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ _SIZES = (
     "conv_kernel chunk_size patches_per_anchor"
 ).split()
 _MAX_SIZE = 10**8
+# Settings whose bounds may be infinite.
+_UNBOUNDED = ("time_step_limit",)
 
 # Types of weights that are not quantised, as safetensors calls them.
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,8 +57,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def check_sizes(settings: Mapping[str, Any]) -> None:
-    """Refuses absurd numbers of layers and sizes, over which libraries would count for hours.
+@contextmanager
+def well_typed() -> Iterator[None]:
+    """Turns the error of a library over a setting of a wrong type into a ValueError of one sentence."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # as in `explained`
+        reason = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" …").rstrip(".")
+        raise ValueError(f"A setting of the configuration cannot be used: {reason}.") from error
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses absurd numbers of layers and sizes, over which libraries would count for hours, NaN and infinity.
 
     Args:
         settings: of a configuration; other types than numbers are left to the library that it is of.
@@ -63,12 +78,27 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for the first absurd one.
     """
+    for name, value in settings.items():
+        _check_finite(name, value)
+    if isinstance(settings.get("dtype"), int | float | list | dict):
+        raise ValueError(f"dtype must be the name of one of PyTorch's, not {settings['dtype']!r}.")
     for names, least, most in ((_LAYERS, 0, _MAX_LAYERS), (_SIZES, 1, _MAX_SIZE)):
         for name in names:
             value = settings.get(name)
             numbers = value if isinstance(value, list | tuple) else [value]
             if any(isinstance(number, int | float) and not least <= number <= most for number in numbers):
                 raise ValueError(f"{name} must be at least {least} and at most {most}, not {value}.")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_finite(f"{name}.{key}", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_finite(name, part)
+    elif isinstance(value, float) and not (math.isfinite(value) or name in _UNBOUNDED):
+        raise ValueError(f"{name} must be a finite number, not {value}.")
 
 
 def read_index(index: Path) -> dict[str, Path]:
@@ -168,4 +198,4 @@ def _stays_inside(name: str) -> bool:
     return name.isprintable() and not any(path.anchor or ".." in path.parts for path in paths)
 
 
-__all__ = ["check_indexes", "check_sizes", "explained", "load_checked", "read_index", "read_json"]
+__all__ = ["check_indexes", "check_settings", "explained", "load_checked", "read_index", "read_json", "well_typed"]

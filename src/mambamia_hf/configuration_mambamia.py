@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from .checkpoint_files import check_sizes, explained
+from .checkpoint_files import check_settings, explained, well_typed
 from .frame_selection import frame_budget
 from .frame_times import time_characters, time_width
 from .versions import warn_if_untested
@@ -98,6 +98,12 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         self.validate_architecture()  # here too, so that construction raises the ValueError itself
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any configuration's, with one sentence for a setting of a wrong type."""
+        with well_typed():
+            return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def for_language_model(cls, text_config: PreTrainedConfig, **settings: Any) -> "MambaMiaCompressorConfig":
         """A new compressor as wide as a language model, rounded to whole heads, and at most as wide as the paper's.
 
@@ -142,7 +148,7 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         self._validate_ranges()
 
     def _validate_sizes(self) -> None:
-        check_sizes(vars(self))
+        check_settings(vars(self))
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers must be at least 1, not {self.num_hidden_layers}.")
         if self.intermediate_size % self.head_dim:
@@ -310,16 +316,24 @@ class MambaMiaConfig(PreTrainedConfig):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As any configuration's; refuses a checkpoint in the layout of the authors' code, naming the converter."""
         config_dict, unused = super().get_config_dict(*args, **kwargs)
-        model_type = str(config_dict.get("model_type", ""))
+        model_type = config_dict.get("model_type", "")
+        if not isinstance(model_type, str):
+            raise ValueError(f"The config.json of {args[0] if args else 'a model'} has the model_type {model_type!r}.")
         if model_type.startswith("llava") or config_dict.keys() & {"mm_vision_tower", "mm_projector_type"}:
             raise ValueError(
                 f"This is a checkpoint in the layout of the authors' code (model_type={model_type!r}); convert it "
                 f"first: python -m mambamia_hf.convert SRC DST."
             )
+        return config_dict, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any configuration's, with one sentence for a setting of a wrong type or a part that is missing."""
         for name in cls.sub_configs:
             if name in config_dict and config_dict[name] is None:  # the defaults would be a model of 8 billion weights
-                raise ValueError(f"The config.json of {args[0] if args else model_type} has no {name}.")
-        return config_dict, unused
+                raise ValueError(f"The configuration has no {name}; it is damaged.")
+        with well_typed():
+            return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "MambaMiaConfig":
@@ -396,6 +410,7 @@ class MambaMiaConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: the settings have to fit each other."""
         super().validate_architecture()
+        check_settings(vars(self))
         self.vision_layer(self.vision_feature_layer)
         self.tokens_per_frame()  # raises where the patches are not a whole number of rows
         if self.vision_feature_norm and getattr(self.vision_config, "hidden_sizes", None):
@@ -456,7 +471,7 @@ def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[s
     settings = dict(default if given is None else given)
     model_type = settings.pop("model_type", default["model_type"])
     with explained(f"There is no {model_type} of these settings"):
-        check_sizes(settings)
+        check_settings(settings)
         return CONFIG_MAPPING[model_type](**settings)
 
 
