@@ -90,6 +90,32 @@ def test_a_checkpoint_of_another_number_of_processes(training_folder, finished, 
         run(training_folder, tmp_path, resume_from_checkpoint=asked if asked is True else checkpoint, **SAVING)
 
 
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ("model.safetensors", "weights"),
+        ("optimizer.pt", "state of the optimizer"),
+        ("scheduler.pt", "state of the schedule"),
+        ("rng_state.pth", "random states of none"),
+    ],
+)
+def test_a_part_that_is_gone_or_cut(training_folder, finished, tmp_path, caplog, file, problem):
+    """The checkpoint before is taken, and without one training does not begin with other numbers."""
+    folder, expected = finished
+    shutil.copytree(folder, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    content = (checkpoint / file).read_bytes()
+    (checkpoint / file).unlink()
+    assert losses(run(training_folder, tmp_path / "run", resume_from_checkpoint=True, **SAVING)) == expected
+    assert "checkpoint-4' is left out: it has " in caplog.text and problem in caplog.text
+    with pytest.raises(ValueError, match=f"it has .*{problem}"):
+        (checkpoint / file).unlink()  # saved anew
+        run(training_folder, tmp_path / "run", resume_from_checkpoint=checkpoint, **SAVING)
+    (checkpoint / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"parts that are not whole: {file}"):
+        run(training_folder, tmp_path / "run", resume_from_checkpoint=checkpoint, **SAVING)
+
+
 def test_a_folder_that_is_no_checkpoint(training_folder, tmp_path):
     with pytest.raises(ValueError, match="it has no whole trainer_state.json"):
         run(training_folder, tmp_path, resume_from_checkpoint=tmp_path / "nowhere")

@@ -5,11 +5,19 @@ import logging
 import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
 
 logger = logging.getLogger(__name__)
+
+# What a checkpoint consists of, by the names that `Trainer` gives to it: alone, with FSDP or with DeepSpeed.
+_PARTS = {
+    "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "state of the optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "state of the schedule": ("scheduler.pt", "global_step*"),
+}
 
 
 def checkpoint_to_resume(training: TrainingArguments, output: Path) -> str | None:
@@ -25,7 +33,7 @@ def checkpoint_to_resume(training: TrainingArguments, output: Path) -> str | Non
 
     Raises:
         ValueError: if the output folder has checkpoints of an earlier run and nothing asks to go on from them, or if
-            another number of processes has saved the checkpoint.
+            a part of the checkpoint is missing or another number of processes has saved it.
     """
     asked = training.resume_from_checkpoint
     found = [Path(folder) for folder in sort_checkpoints(str(output))]
@@ -43,15 +51,19 @@ def checkpoint_to_resume(training: TrainingArguments, output: Path) -> str | Non
             logger.warning("'%s' was not saved to its end and is left out.", found[-1])
         if not candidates:
             return None
-    problems = {folder: _problem(folder, training.world_size) for folder in candidates}
-    whole = next((folder for folder, problem in problems.items() if problem is None), None)
-    if whole is None:
-        folder = candidates[0]
-        raise ValueError(
-            f"Training cannot go on from '{folder}' with {training.world_size} processes: {problems[folder]}. Use as "
-            f"many processes as before, or start a new run with `--model {folder}`."
-        )
-    return str(whole)
+    problems: dict[Path, str] = {}
+    for folder in candidates:
+        problem = _problem(folder, training)
+        if problem is None:
+            for other, reason in problems.items():
+                logger.warning("'%s' is left out: %s.", other, reason)
+            return str(folder)
+        problems[folder] = problem
+    folder = candidates[0]
+    raise ValueError(
+        f"Training cannot go on from '{folder}' with {training.world_size} processes: {problems[folder]}. Use as many "
+        f"processes as before and a whole checkpoint, or start a new run with `--model {folder}`."
+    )
 
 
 def _has_state(checkpoint: Path) -> bool:
@@ -63,15 +75,37 @@ def _has_state(checkpoint: Path) -> bool:
     return True
 
 
-def _problem(checkpoint: Path, num_processes: int) -> str | None:
+def _is_whole(file: Path) -> bool:
+    """Whether a file of a checkpoint was written to its end, as far as it tells."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError):
+        return False
+    return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
+
+
+def _problem(checkpoint: Path, training: TrainingArguments) -> str | None:
     """Why training cannot go on exactly from a checkpoint; None where it can.
 
-    A process without its random state would go on with other numbers, which `Trainer` does not mind.
+    Without the state of the optimizer, of the schedule or of its random numbers a process would go on with other ones,
+    which `Trainer` does not mind.
     """
     if not _has_state(checkpoint):
         return "it has no whole trainer_state.json"
+    for what, patterns in _PARTS.items():
+        is_needed = what == "weights" or not training.save_only_model
+        if is_needed and not any(found for pattern in patterns for found in checkpoint.glob(pattern)):
+            return f"it has no {what}"
+    cut = [file.name for file in sorted(checkpoint.iterdir()) if file.is_file() and not _is_whole(file)]
+    if cut:
+        return f"it has parts that are not whole: {', '.join(cut)}"
+    num_processes = training.world_size
     expected = {f"rng_state_{index}.pth" for index in range(num_processes)} if num_processes > 1 else {"rng_state.pth"}
-    found = {file.name for file in checkpoint.glob("rng_state*.pth") if zipfile.is_zipfile(file)}
+    found = {file.name for file in checkpoint.glob("rng_state*.pth")}
     if found == expected:
         return None
     return f"it has the random states {', '.join(sorted(found)) or 'of none'}, not {', '.join(sorted(expected))}"
