@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .auto import MambaMiaConfig, MambaMiaEncoder, MambaMiaForConditionalGeneration, MambaMiaProcessor
 from .chat import VideoChat
-from .inputs import check_checkpoint, check_part, check_video, is_memory
+from .inputs import STANDARD_INPUT, check_checkpoint, check_part, check_video, is_memory
 from .messages import without_secrets
 from .video_decoding import VideoReader
 from .video_memory import VideoMemory, describe_images
@@ -169,7 +169,7 @@ def encode_video(
     Args:
         checkpoint: folder or Hub id of a MambaMia checkpoint.
         video: path or URL of a video file, a folder of its frames as images, in the order of their names, or the path
-            of a saved memory, whose frames are sampled already.
+            of a saved memory, whose frames are sampled already; "-" for a video from standard input.
         num_frames: how many frames to sample, at most all; by default as the video processor samples.
         fps: how many frames to sample per second, at most as many in all as the video processor allows. The frames of
             a folder count as so many per second, by default as many as the video processor samples.
@@ -210,7 +210,8 @@ def encode_video(
         watch.lap("load")
         return EncodedVideo(video, checkpoint, None, chat, [], watch.seconds)
 
-    check_video(video)
+    if video != STANDARD_INPUT:
+        check_video(video)
     place = find_device(device)
     processor = load_processor(checkpoint)
     watch = _Stopwatch(place)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 
+STANDARD_INPUT = "-"  # in place of the name of a video
 MEMORY_SUFFIX = ".safetensors"
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

@@ -22,8 +22,10 @@ import av
 import torch
 from av.container import InputContainer
 
-from .video_decoder import FILE_FORMATS, OPEN_OPTIONS, UNREADABLE, PictureMaker, may_jump, shown_stream
-from .video_sources import VideoLimits, printable, without_secrets
+from .inputs import STANDARD_INPUT
+from .messages import printable, without_secrets
+from .video_decoder import FILE_FORMATS, NOT_UPRIGHT, OPEN_OPTIONS, UNREADABLE, PictureMaker, may_jump, shown_stream
+from .video_sources import VideoLimits, check_standard_input
 
 
 # What an address of each kind may use. A playlist is opened where the address itself names one, and then holds
@@ -220,7 +222,10 @@ class LiveVideo:
 
     def _emit(self, pictures: PictureMaker, time: float, frame: av.VideoFrame) -> None:
         self._has_begun = True
+        was_known = not pictures.is_turn_unknown
         picture = torch.from_numpy(pictures.convert(frame)).permute(2, 0, 1)
+        if was_known and pictures.is_turn_unknown:
+            self.notes.put(f"the display matrix {NOT_UPRIGHT}")
         self._put((time, picture if self._transform is None else self._transform(picture)), may_drop=self.is_live)
 
 
@@ -300,7 +305,7 @@ class _Reader:
 
 
 def _open_unbuffered(source: str) -> BinaryIO:
-    if source == "-":
+    if source == STANDARD_INPUT:
         return open(os.dup(sys.stdin.fileno()), "rb", buffering=0)
     # A pipe without a writer would block.
     return open(source, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
@@ -367,9 +372,8 @@ def _checked_name(source: str, scheme: str | None) -> str:
         if not source.isprintable() or " " in source:
             raise ValueError(f"the address {name} holds blanks or control characters; write them as %20 and the like.")
         return name
-    if source == "-":
-        if sys.stdin.isatty():
-            raise ValueError("the source - is standard input, which is a terminal; send a video there, with < or |.")
+    if source == STANDARD_INPUT:
+        check_standard_input()
         return "the standard input"
     name = f"'{printable(source)}'"
     path = Path(source)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.image_utils import load_image
 
-from .inputs import check_part, check_video, frame_files
+from .inputs import STANDARD_INPUT, check_part, check_video, frame_files
 from .video_decoding import FrameBatch, VideoReader
 from .video_index import TimedVideoMetadata
 from .video_memory import describe_images, describe_sampling
@@ -183,7 +183,7 @@ def open_video(
     """Opens a file, a URL or a folder of frames.
 
     Args:
-        video: its path or URL.
+        video: its path or URL; "-" for a file from standard input.
         video_processor: tells how to read where the other arguments do not.
         fps: frames per second of a folder.
         seek_mode: see [`VideoReader`].
@@ -193,6 +193,8 @@ def open_video(
         ValueError: if it is no video.
     """
     video = os.fspath(video)
+    if video == STANDARD_INPUT:
+        return VideoReader(video, seek_mode or video_processor.seek_mode)
     check_video(video)
     if os.path.isdir(video):
         return FrameFolder(video, fps or video_processor.fps or 1.0)

@@ -160,6 +160,7 @@ def _file_at(location: str | bytes, limits: VideoLimits) -> Iterator[tuple[str, 
         location = local_path(location)
     name = f"'{printable(location)}'"
     if location == "-":
+        check_standard_input()
         with _temporary_copy(_blocks(sys.stdin.buffer), "The standard input", limits) as path:
             yield path, "The standard input"
     elif _is_stream(location):
@@ -169,6 +170,17 @@ def _file_at(location: str | bytes, limits: VideoLimits) -> Iterator[tuple[str, 
         _check_path(location, name)
         with _encodable(location) as path:
             yield path, name
+
+
+def check_standard_input() -> None:
+    """Checks that a video may come in on standard input.
+
+    Raises:
+        ValueError: if there is none, or a person at a terminal.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        what = "not there" if sys.stdin is None else "a terminal"
+        raise ValueError(f"The video - is standard input, which is {what}: send a video file there, with < or |.")
 
 
 def _content_at(address: str, limits: VideoLimits) -> tuple[Iterable[bytes] | None, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import BUNDLED_CHECKPOINT
-from ..inputs import check_checkpoint, check_part, check_video, is_memory
+from ..inputs import STANDARD_INPUT, check_checkpoint, check_part, check_video, is_memory
 from .console import format_time, quieten_libraries, say
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 PLOT_FORMATS = ("png", "svg", "pdf", "jpg", "webp")
-STANDARD_INPUT = "-"
+_OPTIONS = ("num_frames", "fps", "start", "end", "seek_mode", "keep_frames", "keep_ratio", "delta_threshold")
 
 
 @contextmanager
@@ -27,24 +27,23 @@ def open_video(arguments: Namespace) -> Iterator["EncodedVideo"]:
     """What the model has seen of the video, or of the one in the memory, that the command line names."""
     check_part(arguments.start, arguments.end)
     checkpoint = checkpoint_of(arguments)
-    with _video_file(arguments.video) as video:
-        if not is_memory(video):
-            check_video(video)
-        say_loading()
-        from ..inference import encode_video
+    video = arguments.video
+    if video != STANDARD_INPUT and not is_memory(video):
+        check_video(video)
+    say_loading()
+    from ..inference import encode_video
 
-        names = ("num_frames", "fps", "start", "end", "seek_mode", "keep_frames", "keep_ratio", "delta_threshold")
-        encoded = encode_video(
-            checkpoint,
-            video,
-            **{name: getattr(arguments, name) for name in names},
-            device=arguments.device,
-            dtype=arguments.dtype,
-            max_new_tokens=arguments.max_new_tokens,
-            progress=sys.stderr.isatty(),
-        )
-        with encoded:
-            yield encoded
+    encoded = encode_video(
+        checkpoint,
+        video,
+        **{name: getattr(arguments, name) for name in _OPTIONS},
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=sys.stderr.isatty(),
+    )
+    with encoded:
+        yield encoded
 
 
 def checkpoint_of(arguments: Namespace) -> str:
@@ -118,20 +117,3 @@ def check_output_path(path: str | os.PathLike[str], what: str) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ValueError(f"the {what} '{path}' cannot be written ({error.strerror}); name another place.") from error
-
-
-@contextmanager
-def _video_file(video: str) -> Iterator[str]:
-    """The video as it was named, or a temporary file with what comes in on standard input."""
-    if video != STANDARD_INPUT:
-        yield video
-        return
-    if sys.stdin.isatty():
-        raise ValueError("the video - is standard input, which is a terminal; send a video file there, with < or |.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "standard input")
-        with open(path, "wb") as file:
-            # One system call per step, so that Ctrl-C is not lost between two of them.
-            while part := os.read(sys.stdin.fileno(), 2**20):
-                file.write(part)
-        yield str(path)
