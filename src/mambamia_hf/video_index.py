@@ -200,7 +200,7 @@ def read_index(path: str, name: str, limits: VideoLimits, threads: int) -> Video
         )
     if packets.is_cut:
         _warn_of_cut(index.metadata, announced, name)
-    elif not index.is_retimed:
+    if not index.is_retimed:
         _warn_of_clocks(path, container, index, in_words, name)
     return index
 
