@@ -6,6 +6,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -990,11 +991,10 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
         takes no embeddings."""
         return "inputs_embeds" not in inspect.signature(self.prepare_inputs_for_generation).parameters
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments `generate` looks up
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As Transformers', with the cache under the name by which PEFT's prompt learning knows it."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if "cache" in inputs:  # since Transformers 5.24
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
