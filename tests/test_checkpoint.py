@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
+from mambamia_hf.model_card import PIPELINE_TAG, TAGS
 
 
 @pytest.fixture(scope="module")
@@ -93,5 +94,5 @@ def test_model_card_is_valid():
     card = ModelCard.load(Path(__file__).parents[1] / "MODEL_CARD.md")
     data = card.data.to_dict()
     assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
-    assert data["pipeline_tag"] == "video-text-to-text"
+    assert data["pipeline_tag"] == PIPELINE_TAG and set(TAGS) <= set(data["tags"])
     assert "@" not in card.text, "a figure has not been filled in"

@@ -21,6 +21,7 @@ from .configuration_mambamia import MambaMiaConfig
 from .finite import check_finite, check_result, is_finite
 from .frame_selection import frame_budget, select_frames
 from .messages import without_secrets
+from .model_card import TAGS, fill_card
 from .modeling_compressor import MambaMiaCompressor
 from .versions import CACHE_NAME
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
@@ -96,6 +97,10 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def __init__(self, config: MambaMiaConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.model_tags = list(TAGS)  # a list of its own: Transformers adds to it
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As any model's, with one sentence for a checkpoint that is damaged or does not fit; see `load_checked`."""
@@ -118,6 +123,11 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
         """As any model's; the code goes along, so that it loads where this package is not installed."""
         self.config.auto_map = dict(_AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As any model's, with a model card that says something."""
+        fill_card(working_dir, repo_id, self.config)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class MambaMiaEncoderBase(MambaMiaPreTrainedModel):

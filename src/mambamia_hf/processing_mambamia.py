@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import TextInput
 from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
 from .frame_times import format_time, time_width
+from .model_card import fill_card
 from .request_errors import errors_for_servers
 from .tokenization_mambamia import load_tokenizer
 from .video_memory import VideoMemory, is_video_memory
@@ -188,6 +189,11 @@ class MambaMiaProcessor(ProcessorMixin):
         for them. Those in `processor_config.json` count when a processor is loaded."""
         self.video_processor.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As any processor's, with a model card that says something."""
+        fill_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MambaMiaProcessor":  # type: ignore[override]  # all options have names

@@ -11,6 +11,7 @@ stages.py       which parts of the model learn in which stage
 arguments.py    the command line and its YAML file
 checkpoints.py  where an interrupted run goes on
 logs.py         what is logged beside the loss
+run_card.py     the model card of a run
 trainer.py      the `Trainer` of the command
 __main__.py     the training command
 """

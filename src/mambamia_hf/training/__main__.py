@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
             f"activation_checkpointing and bf16, precompute features, or shard with FSDP2; see docs/training.md."
         ) from error
     trainer.save_model()
+    if not training.push_to_hub:  # which writes the card, too
+        trainer.create_model_card()
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -85,6 +87,7 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
         collator.require_features(evaluation)
         collator.require_readable(evaluation)
     trainer = StageTrainer(
+        stage,
         model=prepare_model(model, stage.stage, stage.lora_rank, marks_of_turns(processor)),
         args=training,
         train_dataset=dataset,
