@@ -85,24 +85,36 @@ def _required(config: str) -> dict:
     return {"AdaLoraConfig": {"total_step": 1}, "CPTConfig": {"task_type": "CAUSAL_LM"}}.get(config, {})
 
 
+# What fails with Qwen2-VL, too.
+FAILS = {
+    "BEFT": {"merge"},  # of a layer without a bias
+    "Lily": {"merge"},
+    "LoRA, activated": {"merge"},  # depends on the tokens
+    "LoRA, bias": {"merge"},  # as BEFT
+    "LoRA, CorDA": {"reload"},  # changes the weights below
+    "LoRA, GA": {"reload"},  # the same
+    "Poly": {"merge"},
+    "Shadow": {"make", *Adapted.STEPS},  # wants the configuration of a language model
+}
+
+
 @pytest.mark.parametrize("name", available(LAYERS))
 def test_methods_that_change_layers(name, tmp_path):
     method = LAYERS[name]
     theirs = try_all(tiny_qwen2_vl, method, qwen2_vl_inputs(), tmp_path / "theirs", target_modules=LANGUAGE_MODEL)
-    if isinstance(theirs["make"], ImportError):
+    if isinstance(theirs["make"], ImportError) or "please install" in str(theirs["make"]):
         pytest.skip(str(theirs["make"]))
     ours = try_all(tiny_mambamia, method, inputs_of(2), tmp_path / "ours", target_modules=LANGUAGE_MODEL)
     for step, error in ours.items():
         if error is not None and theirs[step] is None:
-            raise AssertionError(f"{name} cannot {step} this model, but Qwen2-VL") from error
-    if theirs["make"] is not None:
-        assert type(ours["make"]) is type(theirs["make"])
+            raise AssertionError(f"{name}: {step} fails, and goes well with Qwen2-VL") from error
+    assert {step for step, error in theirs.items() if error is not None} == FAILS.get(name, set()), theirs
 
 
 # These see a batch of prompts in every layer, change whole blocks or certain layers of a language model, or want a
 # package more; RandLoRA's basis gives so narrow a layer as the weights of GPA here no gradient.
 NOT_IN_COMPRESSOR = {
-    *("Poly", "Shadow", "LoRA, activated", "LoRA, BD", "LoRA, CorDA", "LoRA, EVA", "LoRA, GA", "LoRA, LoftQ"),
+    *("Poly", "Shadow", "LoRA, activated", "LoRA, BD", "LoRA, CorDA", "LoRA, EVA", "LoRA, GA"),
     *("AdaMSS", "RandLoRA"),
 }
 
@@ -128,9 +140,10 @@ def test_methods_in_the_compressor(name):
         assert any(gradient.any() for gradient in gradients), layer
 
 
-@pytest.mark.parametrize("mixer_type", ["mamba2", "mamba1"])
-def test_each_linear_layer_of_the_compressor_alone(mixer_type):
-    make = functools.partial(tiny_model, compressor_config={"hidden_size": 32, "mixer_type": mixer_type})
+@pytest.mark.parametrize(("mixer_type", "layers"), [("mamba2", 2), ("mamba1", 1)])
+def test_each_linear_layer_of_the_compressor_alone(mixer_type, layers):
+    config = {"hidden_size": 32, "mixer_type": mixer_type, "num_hidden_layers": layers}
+    make = functools.partial(tiny_model, compressor_config=config)
     inputs = inputs_of(2)
     with torch.no_grad():
         plain = make()(**inputs).logits

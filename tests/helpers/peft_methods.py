@@ -62,12 +62,12 @@ def _lora(**settings: Any) -> dict[str, Any]:
     return {"r": 4, **settings}
 
 
-def _made(name: str, **settings: Any) -> Callable[[], Any]:
+def _made(name: str, *layers: list[str], **settings: Any) -> Callable[[], Any]:
     """A configuration in a configuration, of a class that old versions lack."""
-    return lambda: attrgetter(name)(peft)(**settings)
+    return lambda: attrgetter(name)(peft)(*layers, **settings)
 
 
-# Those that change layers, by the names of PEFT's documentation.
+# Those that change layers, by the names of PEFT's documentation; LoftQ is missing, which wants a GPU.
 LAYERS = {
     "AdaLoRA": Method("AdaLoraConfig", {"init_r": 6, "target_r": 4, "total_step": 10}),
     "AdaMSS": Method("AdamssConfig", {"r": 8, "num_subspaces": 2}),
@@ -90,10 +90,16 @@ LAYERS = {
     "LoKr": Method("LoKrConfig", {"r": 4}),
     "LoRA": Method("LoraConfig", _lora()),
     "LoRA, activated": Method("LoraConfig", _lora(alora_invocation_tokens=[7])),
-    "LoRA, BD": Method("LoraConfig", _lora(use_bdlora=_made("BdLoraConfig", nblocks=2)), needs="BdLoraConfig"),
+    "LoRA, BD": Method(
+        "LoraConfig",
+        _lora(use_bdlora=_made("BdLoraConfig", ["o_proj", "down_proj"], ["q_proj", "v_proj"], nblocks=2)),
+        needs="BdLoraConfig",
+    ),
     "LoRA, bias": Method("LoraConfig", _lora(lora_bias=True)),
     "LoRA, CorDA": Method(
-        "LoraConfig", _lora(init_lora_weights="corda", corda_config=_made("tuners.lora.CordaConfig")), before=_corda
+        "LoraConfig",
+        _lora(init_lora_weights="corda", corda_config=_made("tuners.lora.config.CordaConfig")),
+        before=_corda,
     ),
     "LoRA, DoRA": Method("LoraConfig", _lora(use_dora=True)),
     "LoRA, EVA": Method("LoraConfig", _lora(init_lora_weights="eva", eva_config=_made("EvaConfig")), after=_eva),
@@ -107,7 +113,6 @@ LAYERS = {
     "LoRA, KaSA": Method(
         "LoraConfig", {"r": 2, "kasa_config": _made("KasaConfig")}, needs="KasaConfig", cuts_outputs=True
     ),
-    "LoRA, LoftQ": Method("LoraConfig", _lora(init_lora_weights="loftq", loftq_config=_made("LoftQConfig"))),
     "LoRA, MonteCLoRA": Method(
         "LoraConfig", _lora(monteclora_config=_made("MontecloraConfig")), needs="MontecloraConfig"
     ),
