@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 from video_files import write_video
 
 from mambamia_hf import MambaMiaForConditionalGeneration
+from mambamia_hf.memory_writer import MemoryWriter
 from mambamia_hf.video_memory import VideoMemory
 
 
@@ -125,6 +127,27 @@ def test_ctrl_c_leaves_whole_memories_only(checkpoint, video, tmp_path):
     assert result.returncode == 0
     assert result.stderr.count("is there already") == len(left)
     assert len(list(folder.iterdir())) == 7
+
+
+class InterruptedFinaliser:
+    """Ctrl-C comes while it is thrown away, where Python drops the exception."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_is_not_lost(encode, videos, tmp_path, monkeypatch):
+    whole = MemoryWriter.write
+
+    def write(self, *arguments):
+        InterruptedFinaliser()
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(MemoryWriter, "write", write)
+    code, printed, error = encode(*videos, "-o", tmp_path)
+    assert code == 130 and printed.count("\n") == 1 and error.endswith("mambamia: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

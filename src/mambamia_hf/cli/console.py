@@ -2,10 +2,13 @@
 
 import io
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from ..messages import printable
 
@@ -38,6 +41,26 @@ def short_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         yield
+
+
+@contextmanager
+def remembered_ctrl_c() -> Iterator[threading.Event]:
+    """Yields an event that Ctrl-C sets, beside its exception, which Python drops within a finaliser or a callback."""
+    event = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.default_int_handler(number, frame)
+
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def quieten_libraries() -> None:

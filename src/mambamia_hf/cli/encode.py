@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from ..inputs import MEMORY_SUFFIX, check_part, check_video, is_url
-from .console import say
+from .console import remembered_ctrl_c, say
 from .opening import checkpoint_of, say_loading
 
 
@@ -37,8 +37,11 @@ def run(arguments: Namespace) -> int:
 
         encoder, processor = load_encoder(checkpoint, arguments.device, arguments.dtype)
         writer = MemoryWriter(encoder, processor, **sampling_of(arguments))
-        for video in there:
-            done += _succeeds(_write, writer, video, targets[video])
+        with remembered_ctrl_c() as ctrl_c:
+            for video in there:
+                done += _succeeds(_write, writer, video, targets[video])
+                if ctrl_c.is_set():
+                    raise KeyboardInterrupt
     return 0 if done == len(targets) else 2
 
 
