@@ -109,6 +109,7 @@ def test_the_recipe(training_folder, tmp_path):
     (data / "media").symlink_to(training_folder)
     for stage in STAGES:
         shutil.copy(training_folder / "data.json", data / f"{stage}.json")
+    shutil.copy(training_folder / "data.json", data / "video_eval.json")
     run_recipe("run.sh", training_folder / "model", data, output)
     models = written(output)
     run_recipe("run.sh", training_folder / "model", data, output)
@@ -116,6 +117,8 @@ def test_the_recipe(training_folder, tmp_path):
     before = load_file(output / "align" / "model.safetensors")
     after = load_file(output / "video" / "model.safetensors")
     assert parts_that_moved(before, after) == set(STAGES["video"].learns)
+    evaluated = [stage for stage in STAGES if "eval_accuracy" in (output / stage / "trainer_state.json").read_text()]
+    assert evaluated == ["video"]
 
 
 @pytest.mark.slow
