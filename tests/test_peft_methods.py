@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeW
 
 # Of the language model, whose names are the same in both models.
 LANGUAGE_MODEL = r".*language_model.*\.(q_proj|v_proj|down_proj)"
-# All linear layers but the gate of Gated Patch Aggregation, which has one output, and the tower's last layer, which
-# nothing reads.
+# All linear layers but the gate of Gated Patch Aggregation, which has one output, and those of the tower, of which
+# nothing reads the last.
 ALL_BUT_GATE = r".*(language_model|compressor)\..*(?<!gpa\.gate)_proj"
 # What Qwen2-VL does not take, either: "adaption prompt" is for LLaMA, Mistral and GPT-2 alone.
 NEITHER = {"ADAPTION_PROMPT"}
