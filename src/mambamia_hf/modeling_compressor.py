@@ -162,11 +162,11 @@ class MambaMiaMamba2SSM(nn.Module):
 
     def _last_inputs(self, xBC: Tensor, conv: Tensor | None) -> Tensor:
         """The convolution's part of the state after `xBC`: its last `conv_kernel - 1` tokens, zeros before them."""
-        batch_size, length, channels = xBC.shape
         reach = self.config.conv_kernel - 1
-        before = xBC.new_zeros(batch_size, reach, channels) if conv is None else conv
-        known = torch.cat([before, xBC[:, max(0, length - reach) :]], dim=1)
-        return known[:, known.shape[1] - reach :]
+        if reach == 0:
+            return xBC[:, :0]
+        before = xBC.new_zeros(len(xBC), reach, xBC.shape[2]) if conv is None else conv
+        return torch.cat([before, xBC[:, -reach:]], dim=1)[:, -reach:]
 
 
 @use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])

@@ -21,7 +21,7 @@ from .ssd_gpu import final_states as gpu_final_states
 # `ssd_reference` has a weight per head and pair of tokens of a chunk, so short chunks cost less.
 _REFERENCE_CHUNK_SIZE = 64
 # Chunks whose states it computes together.
-_CHUNK_GROUP = 32
+_CHUNK_GROUP = 16
 
 
 def ssd_chunk_scan(
@@ -112,7 +112,7 @@ def ssd_reference(
         states have the type that everything is computed in.
     """
     length, heads = x.shape[1:3]
-    num_chunks = (length + chunk_size - 1) // chunk_size
+    num_chunks = _more_than_one(length, chunk_size)
 
     def chunked(tensor: Tensor) -> Tensor:
         """`(b, l, ...)` to `(b, c, q, ...)`, filled up with tokens of step size zero, which change nothing."""
@@ -146,6 +146,12 @@ def ssd_reference(
     return y.to(x.dtype), states
 
 
+def _more_than_one(length: int, size: int) -> int:
+    """How many parts of a size hold a length, and an empty one: a graph of any length has no dimension of one, which
+    `torch.export` would take for one always."""
+    return (length + size - 1) // size + 1
+
+
 def _states_between_chunks(added: Tensor, total: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence h <- e^{total} h + added over chunks: step 1 twice, with chunks and then groups of chunks for
     tokens, since its cost grows with the square of their number.
@@ -159,7 +165,7 @@ def _states_between_chunks(added: Tensor, total: Tensor, states: Tensor) -> tupl
         The states before each chunk `(b, c, h, p, n)`, and those after the last.
     """
     num_chunks = added.shape[1]
-    groups = (num_chunks + _CHUNK_GROUP - 1) // _CHUNK_GROUP
+    groups = _more_than_one(num_chunks, _CHUNK_GROUP)
     missing = groups * _CHUNK_GROUP - num_chunks
     total = nn.functional.pad(total, (0, missing)).unflatten(2, (groups, _CHUNK_GROUP))
     added = nn.functional.pad(added, (0, 0) * 3 + (0, missing)).unflatten(1, (groups, _CHUNK_GROUP))
