@@ -1,6 +1,7 @@
 """Damaged and absurd checkpoints: one sentence each from the classes and from the command line's functions."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -97,6 +98,20 @@ class TestWeights:
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
         check_sentence(checkpoint, "names files outside its folder|lists weights files that are not there")
 
+    @pytest.mark.parametrize("change", [{"weight_map": {}}, {"metadata": None}])
+    def test_index_without_what_belongs_there(self, checkpoint, change):
+        weights = load_file(checkpoint / "model.safetensors")
+        (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors"), **change}
+        kept = {name: part for name, part in index.items() if part is not None}
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(kept))
+        check_sentence(checkpoint, "weights file of .* is damaged", OSError)
+
+    def test_pickles_are_not_loaded(self, checkpoint):
+        (checkpoint / "model.safetensors").unlink()
+        (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(shutil.rmtree))
+        check_sentence(checkpoint, "weights file of .* is damaged .*UnpicklingError", OSError)
+
     def test_shards(self, checkpoint):
         model = MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
         shutil.rmtree(checkpoint)
@@ -154,6 +169,15 @@ def test_absurd_configurations(checkpoint, whole, part, name, value):
     with pytest.raises(ValueError, match="cannot load") as raised:
         ask(checkpoint, whole.parent / "v.mp4", "What?")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5", "{", ""])
+def test_a_configuration_that_is_no_object(checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    for load in (MambaMiaConfig, MambaMiaForConditionalGeneration):
+        with pytest.raises((ValueError, OSError)) as raised:
+            load.from_pretrained(checkpoint)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_type_of_model_that_is_none(checkpoint):

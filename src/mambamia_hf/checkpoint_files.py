@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PureWindowsPath
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -62,7 +63,7 @@ def well_typed() -> Iterator[None]:
     """Turns the error of a library over a setting of a wrong type into a ValueError of one sentence."""
     try:
         yield
-    except ValueError:
+    except (OSError, ValueError):
         raise
     except Exception as error:  # as in `explained`
         reason = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" …").rstrip(".")
@@ -156,8 +157,9 @@ def load_checked(
     try:
         model, report = load(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
         others = {} if folder is None else _other_numbers(folder)
-    except SafetensorError as error:
-        raise OSError(f"A weights file of {name} is damaged ({error}); copy or download it again.") from error
+    except (SafetensorError, UnpicklingError, LookupError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+        raise OSError(f"A weights file of {name} is damaged ({reason}); copy or download it again.") from error
     if report["mismatched_keys"] and not ignore_mismatched_sizes:
         weights = [
             f"{key} ({tuple(found)}, not {tuple(own)})" for key, found, own in sorted(report["mismatched_keys"])

@@ -315,7 +315,10 @@ class MambaMiaConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As any configuration's; refuses a checkpoint in the layout of the authors' code, naming the converter."""
-        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        with well_typed():
+            config_dict, unused = super().get_config_dict(*args, **kwargs)
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"The config.json of {args[0] if args else 'a model'} is no JSON object.")
         model_type = config_dict.get("model_type", "")
         if not isinstance(model_type, str):
             raise ValueError(f"The config.json of {args[0] if args else 'a model'} has the model_type {model_type!r}.")
