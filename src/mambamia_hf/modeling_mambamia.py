@@ -53,6 +53,7 @@ from .prompt_tokens import (
     take_tokens,
     tokens_to_keep,
 )
+from .quantization import check_not_quantized
 from .request_errors import errors_for_servers
 from .tokenization_mambamia import load_tokenizer
 from .versions import CACHE_NAME, take_cache
@@ -622,8 +623,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
                 and output sizes are those of the two models.
 
         Raises:
-            ValueError: for an argument that is no setting of the compressor, or a format of times that does not exist
-                or for which the tokenizer lacks a token.
+            ValueError: for an argument that is no setting of the compressor, a format of times that does not exist or
+                for which the tokenizer lacks a token, or a model that is quantised.
         """
         unknown = compressor_kwargs.keys() - {field.name for field in fields(MambaMiaCompressorConfig)}
         if unknown:
@@ -631,6 +632,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
                 f"The compressor has no setting {', '.join(sorted(unknown))}; set those of the whole model on "
                 f"`model.config` afterwards, and see MambaMiaCompressorConfig for the others."
             )
+        for name in (vision, text):
+            check_not_quantized(name)
         config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(config, "vision_config", config)
         if hasattr(vision_config, "vision_use_head"):
