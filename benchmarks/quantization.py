@@ -169,9 +169,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=("accuracy", "speed"), default=("accuracy", "speed"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--num_videos", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=600, help="of a video")
-    parser.add_argument("--num_frames", type=int, default=128, help="sampled of a video")
+    parser.add_argument("--num_videos", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=300, help="of a video")
+    parser.add_argument("--num_frames", type=int, default=64, help="sampled of a video")
     parser.add_argument("--shape", choices=("0.5B", "7B"), default="0.5B", help="whose speed is measured")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
