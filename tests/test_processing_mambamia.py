@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -518,6 +519,40 @@ class TestSaving:
     def test_loading_with_another_budget(self, tmp_path):
         make_processor().save_pretrained(tmp_path)
         assert MambaMiaProcessor.from_pretrained(tmp_path, keep_frames=5).keep_frames == 5
+
+    @pytest.mark.parametrize("value", [-1, "x", [], {"a": 1}, 1.5])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "image_processor",
+            "video_processor",
+            "tokens_per_frame",
+            "keep_frames",
+            "keep_ratio",
+            "frame_time_format",
+            ("image_processor", "image_processor_type"),
+            ("image_processor", "size"),
+            ("video_processor", "video_processor_type"),
+            ("video_processor", "size"),
+        ],
+    )
+    def test_an_absurd_setting(self, tmp_path, name, value):
+        """It is named in one sentence when the file is read, or does nothing but what the library makes of it."""
+        make_processor().save_pretrained(tmp_path)
+        file = tmp_path / "processor_config.json"
+        settings = json.loads(file.read_text())
+        *parts, key = (name,) if isinstance(name, str) else name
+        place = settings
+        for part in parts:
+            place = place[part]
+        place[key] = value
+        file.write_text(json.dumps(settings))
+        try:
+            MambaMiaProcessor.from_pretrained(tmp_path)
+        except (OSError, ValueError) as error:
+            assert len(str(error)) > 10
+        else:
+            assert key in ("size", "video_processor")  # sizes have many forms; an object may be empty
 
     def test_model_input_names(self, processor):
         assert set(processor.model_input_names) == {

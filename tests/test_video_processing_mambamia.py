@@ -1,3 +1,5 @@
+import math
+import re
 import warnings
 
 import numpy as np
@@ -141,6 +143,13 @@ class TestSampling:
     def test_impossible(self, processor, path, kwargs, message):
         with pytest.raises(ValueError, match=message):
             processor(path, **kwargs)
+
+    @pytest.mark.parametrize("setting", ["num_frames", "fps"])
+    @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "2", []])
+    def test_impossible_defaults(self, path, setting, value):
+        """Settings of a damaged file are no settings; they leave no frame out without a word."""
+        with pytest.raises(ValueError, match=re.escape(f"`{setting}={value}`")):
+            MambaMiaVideoProcessor(**{**SMALL, setting: value})(path)
 
     def test_frames_without_a_rate(self, processor):
         # Nothing is known about their times: all of them, up to the limit.

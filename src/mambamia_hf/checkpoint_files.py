@@ -59,15 +59,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def well_typed() -> Iterator[None]:
-    """Turns the error of a library over a setting of a wrong type into a ValueError of one sentence."""
+def well_typed(what: str = "A setting of the configuration cannot be used") -> Iterator[None]:
+    """Turns the error of a library over a setting of a wrong type into a ValueError of one sentence, `what` first."""
     try:
         yield
     except (OSError, ValueError):
         raise
     except Exception as error:  # as in `explained`
         reason = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" …").rstrip(".")
-        raise ValueError(f"A setting of the configuration cannot be used: {reason}.") from error
+        raise ValueError(f"{what}: {reason}.") from error
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ def time_width(time_format: str | None) -> int:
     """
     if time_format is None:
         return 0
-    if time_format not in _FORMATS:
+    if not isinstance(time_format, str) or time_format not in _FORMATS:
         raise ValueError(
             f"frame_time_format={time_format!r} is no format of times; choose from {', '.join(map(repr, _FORMATS))}, "
             f"or None for no times."

@@ -19,6 +19,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import TextInput
 
+from .checkpoint_files import well_typed
 from .configuration_mambamia import MambaMiaConfig
 from .frame_selection import frame_budget
 from .frame_times import format_time, time_width
@@ -100,7 +101,8 @@ class MambaMiaProcessor(ProcessorMixin):
             were trained with it. FPS is that of the video processor where it decides, and else the average.
 
     Raises:
-        `ValueError`: if `keep_frames` and `keep_ratio` are both given or out of range, or the tokenizer lacks a token.
+        `ValueError`: if `keep_frames` and `keep_ratio` are both given, one of them or `tokens_per_frame` is out of
+            range, or the tokenizer lacks a token.
     """
 
     valid_processor_kwargs = MambaMiaProcessorKwargs  # type: ignore[assignment]  # as in Transformers' own processors
@@ -120,6 +122,8 @@ class MambaMiaProcessor(ProcessorMixin):
     ):
         frame_budget(1, keep_frames, keep_ratio)  # raises for an impossible budget
         time_width(frame_time_format)  # raises for an unknown format
+        if not isinstance(tokens_per_frame, int) or tokens_per_frame < 1:
+            raise ValueError(f"tokens_per_frame={tokens_per_frame!r} has to be a whole number, at least 1.")
         if chat_template is None and _CHAT_TEMPLATE.is_file():
             chat_template = _CHAT_TEMPLATE.read_text(encoding="utf-8")
         self.tokens_per_frame = tokens_per_frame
@@ -200,9 +204,11 @@ class MambaMiaProcessor(ProcessorMixin):
         """As any processor's; compares its tokens with the configuration of the model that lies beside it.
 
         Raises:
-            ValueError: if they differ, as where files of the tokenizer are missing.
+            ValueError: if they differ, as where files of the tokenizer are missing, or a file holds something else
+                than the settings of a processor.
         """
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with well_typed(f"The processor of {pretrained_model_name_or_path} has a setting that cannot be used"):
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
         try:
             config, _ = MambaMiaConfig.get_config_dict(pretrained_model_name_or_path, **hub)

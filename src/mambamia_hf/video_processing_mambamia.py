@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
+from numbers import Real
 from typing import Any, cast
 
 import numpy as np
@@ -171,6 +172,11 @@ def _as_metadata(known: Any, video: Any) -> VideoMetadata:
 def duration_of(metadata: VideoMetadata) -> float | None:
     """How long a video lasts, in seconds; None where it is not known."""
     return metadata.duration or (metadata.total_num_frames / metadata.fps if metadata.fps else None)
+
+
+def _is_positive(setting: Any) -> bool:
+    """Whether a setting is a number above 0, or is not set."""
+    return setting is None or (isinstance(setting, Real) and 0 < setting < math.inf)
 
 
 def _timestamps(metadata: VideoMetadata, num_frames: int) -> list[float] | None:
@@ -460,12 +466,14 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 f"`fps={fps}` cannot be sampled from a video of unknown frame rate: pass `video_metadata` with its "
                 "`fps`, or use `num_frames`."
             )
-        if fps is not None and fps <= 0:
-            raise ValueError(f"`fps={fps}` frames per second cannot be sampled: ask for more than 0.")
-        if max_frames is not None and max_frames < 1:
-            raise ValueError(f"`max_frames={max_frames}` leaves no frame: allow at least 1.")
-        rate = fps or (self.fps if max_frames is None else None)
-        count = min(metadata.total_num_frames, max_frames or self.num_frames or metadata.total_num_frames)
+        rate = fps if fps is not None or max_frames is not None else self.fps
+        most = max_frames if max_frames is not None else self.num_frames
+        if not _is_positive(rate):
+            raise ValueError(f"`fps={rate}` frames per second cannot be sampled: ask for more than 0.")
+        if not _is_positive(most):
+            name = "num_frames" if max_frames is None else "max_frames"
+            raise ValueError(f"`{name}={most}` leaves no frame: allow at least 1.")
+        count = metadata.total_num_frames if most is None else min(metadata.total_num_frames, most)
         if rate and duration:
             # Containers may round times to milliseconds, which must not cost a frame.
             in_all = math.ceil((duration - 1e-3) * rate) if self.sample_at == "start" else (duration + 1e-3) * rate
