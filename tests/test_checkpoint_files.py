@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXT_CONFIG, VISION_CONFIG, tiny_checkpoint, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from video_files import write_video
 
 from mambamia_hf import (
@@ -105,7 +105,12 @@ class TestWeights:
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors"), **change}
         kept = {name: part for name, part in index.items() if part is not None}
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(kept))
-        check_sentence(checkpoint, "weights file of .* is damaged", OSError)
+        check_sentence(checkpoint, "index.json lacks its weight_map or its metadata")
+
+    def test_errors_of_the_code_are_no_damage(self, checkpoint, monkeypatch):
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: {}["no_such_key"])
+        with pytest.raises(KeyError, match="no_such_key"):
+            MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
 
     def test_pickles_are_not_loaded(self, checkpoint):
         (checkpoint / "model.safetensors").unlink()

@@ -125,10 +125,11 @@ def check_indexes(folder: str | os.PathLike[str]) -> None:
     """Checks the indexes of the weights in a local folder; anything else is left to who loads it.
 
     Raises:
-        ValueError: as `read_index` does.
+        ValueError: as `read_index` does, and for an index of no tensors or without metadata, which Transformers reads.
     """
     for index in sorted(Path(folder).glob("*.index.json")):
-        read_index(index)
+        if not read_index(index) or not isinstance(read_json(index).get("metadata"), dict):
+            raise ValueError(f"{index} lacks its weight_map or its metadata; copy or download it again.")
 
 
 def load_checked(
@@ -157,7 +158,7 @@ def load_checked(
     try:
         model, report = load(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
         others = {} if folder is None else _other_numbers(folder)
-    except (SafetensorError, UnpicklingError, LookupError) as error:
+    except (SafetensorError, UnpicklingError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise OSError(f"A weights file of {name} is damaged ({reason}); copy or download it again.") from error
     if report["mismatched_keys"] and not ignore_mismatched_sizes:
