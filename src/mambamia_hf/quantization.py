@@ -19,7 +19,7 @@ from .checkpoint_files import load_checked
 
 _ENCODER = ("vision_tower", "compressor")
 # What configurations of quantisation call their list of modules that stay as they are.
-_SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
+_SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")
 _EXACT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last are positions
 
 
@@ -87,7 +87,7 @@ def check_exact(model: nn.Module) -> None:
                 raise ValueError(
                     f"{name} of {type(part).__name__} is quantised ({type(weight).__name__} of {weight.dtype}), and "
                     f"vision tower and compressor have to stay as they are; quantise the language model alone, as "
-                    f"from_pretrained of a whole model does with a quantization_config."
+                    f"from_pretrained of a whole model does with a quantization_config that lists what not to convert."
                 )
 
 
