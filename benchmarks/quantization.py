@@ -4,8 +4,8 @@
     PYTHONPATH=examples python benchmarks/quantization.py
 
 Accuracy is that of the needle benchmark, every video asked with all of its frames and with half of them. Speed is that
-of random weights, the methods in turn in one process: `--shape 0.5B` or `7B` is that of Qwen2. All of them are held at
-once, some 8 GB and ten times as much; name some `--methods` for less.
+of random weights, the methods in turn in one process, which holds a model of each: name some `--methods` for less
+memory. `--shape 0.5B` or `7B` is that of Qwen2.
 """
 
 import argparse
