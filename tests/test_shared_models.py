@@ -97,6 +97,8 @@ class TestLogitsAndLabels:
         positions = torch.tensor([[0, 3], [5, 1]])
         kept = model(**inputs, logits_to_keep=positions).logits
         assert torch.equal(kept, torch.stack([logits[0, [0, 3]], logits[1, [5, 1]]]))
+        from_the_end = positions - torch.tensor([[0, IDS.shape[1]]])
+        assert torch.equal(model(**inputs, logits_to_keep=from_the_end).logits, kept)
         assert torch.equal(model(**inputs, logits_to_keep=torch.tensor([4, 2])).logits, logits[:, [4, 2]])
         assert torch.equal(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
 

@@ -744,7 +744,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
                 Tokens to predict, -100 for those that do not count, nor do those of dropped frames.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 The last positions, or the indices of the positions, of all rows or `(batch_size, num_positions)`, that
-                get logits; 0 for all.
+                get logits; 0 for all. Negative indices count from the end.
             num_items_in_batch (`int`, *optional*): tokens to predict in the whole batch, over all its parts.
 
         The other arguments are those of [`MambaMiaModel.forward`].
@@ -1042,7 +1042,9 @@ def _positions_of(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor
     if isinstance(logits_to_keep, int):
         return hidden_states[:, slice(-logits_to_keep, None)]
     if logits_to_keep.ndim == 2:
-        return hidden_states.take_along_dim(logits_to_keep.to(hidden_states.device)[..., None], dim=1)
+        places = logits_to_keep.to(hidden_states.device)
+        places = torch.where(places < 0, places + hidden_states.shape[1], places)
+        return hidden_states.take_along_dim(places[..., None], dim=1)
     return hidden_states[:, logits_to_keep]
 
 

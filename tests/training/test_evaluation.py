@@ -1,11 +1,13 @@
 """Evaluation while a model trains: what is measured, when, and that the training does not notice."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conversations import BROKEN, IMAGE, MISSING, MIXED, TEXT, VIDEO, record
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from training_runs import losses, run
@@ -54,7 +56,7 @@ class TestStatistics:
 
     def test_at_the_places_that_count_or_at_all(self):
         places = scored_places(self.LABELS)
-        assert places.tolist() == [[0, 1, 3], [0, 0, 0], [2, 3, 0]]
+        assert places.tolist() == [[-5, -4, -2], [0, 0, 0], [-3, -2, 0]]
         logits = torch.randn(3, 5, 10)
         logits[0, 0, 5] = logits[2, 2, 6] = logits[2, 3, 9] = 20.0
         logits[0, 1, 8] = logits[0, 3, 0] = 20.0
@@ -64,7 +66,7 @@ class TestStatistics:
             logits[:, :-1].flatten(0, 1), self.LABELS[:, 1:].flatten(), reduction="none"
         )
         torch.testing.assert_close(whole[:, 2], expected.view(3, 4).sum(dim=1))
-        kept = logits.take_along_dim(places[..., None], dim=1)
+        kept = logits.take_along_dim(places[..., None] % 5, dim=1)
         assert torch.equal(answer_statistics(kept, self.LABELS), whole)
         # As `Trainer` pads both, where other processes have longer ones.
         padded = nn.functional.pad(kept, (0, 0, 0, 2), value=-100), nn.functional.pad(self.LABELS, (0, 3), value=-100)
@@ -135,6 +137,17 @@ class TestBatches:
         labels = batch["labels"]
         torch.testing.assert_close(answer_statistics(kept.logits, labels), answer_statistics(whole.logits, labels))
         torch.testing.assert_close(kept.loss, whole.loss)
+
+    @pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+    def test_a_learned_prompt_moves_no_places(self, collator, model, config):
+        model = get_peft_model(copy.deepcopy(model), config(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        batch = collator(list(EvaluationSet([TEXT, BROKEN, record("long", "Hello.", "Hi! And again: hi!")])))
+        places, labels = batch.pop("logits_to_keep"), batch["labels"]
+        with torch.no_grad():
+            whole, kept = model(**batch), model(**batch, logits_to_keep=places)
+        for output in (whole, kept):
+            tokens, _, losses = answer_statistics(output.logits, labels).sum(dim=0)
+            torch.testing.assert_close(losses / tokens, whole.loss)
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,11 @@ def scored_places(labels: Tensor) -> Tensor:
         labels: `(batch_size, length)`, -100 for what is no answer.
 
     Returns:
-        `(batch_size, num_places)`, in order, padded with 0 at the end.
+        `(batch_size, num_places)`, in order, padded with 0 at the end. They count from the end, as -1 for the last
+        place: a prompt that PEFT learned goes before all others.
     """
-    return pad_sequence([row.nonzero().flatten() for row in labels[:, 1:] != -100], batch_first=True)
+    places = [row.nonzero().flatten() - labels.shape[1] for row in labels[:, 1:] != -100]
+    return pad_sequence(places, batch_first=True)
 
 
 def answer_statistics(logits: Tensor, labels: Tensor) -> Tensor:
@@ -63,7 +65,8 @@ def answer_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     The scores themselves have a number for every token and every entry of the vocabulary.
 
     Args:
-        logits: `(batch_size, length, vocab_size)`, or `(batch_size, num_places, vocab_size)` at the [`scored_places`].
+        logits: `(batch_size, length, vocab_size)`, or those of a prompt that PEFT learned before, or `(batch_size,
+            num_places, vocab_size)` at the [`scored_places`].
         labels: `(batch_size, length)`, -100 for what is no answer.
 
     Returns:
@@ -72,8 +75,8 @@ def answer_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     """
     answers = labels[:, 1:] != -100
     targets = labels[:, 1:][answers]
-    if logits.shape[1] == labels.shape[1]:
-        scores = logits[:, :-1][answers]
+    if logits.shape[1] >= labels.shape[1]:
+        scores = logits[:, -labels.shape[1] : -1][answers]
     else:
         places = torch.arange(logits.shape[1], device=labels.device)
         scores = logits[places < answers.sum(dim=1, keepdim=True)]
