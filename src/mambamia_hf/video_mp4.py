@@ -115,14 +115,8 @@ def _is_long(file: BinaryIO, box: Box) -> bool:
 
 def _clock(file: BinaryIO, box: Box) -> tuple[int, int]:
     """Ticks per second, and how many ticks the whole lasts."""
-    return (
-        (_number(file, box, 20), _number(file, box, 24, 8))
-        if _is_long(file, box)
-        else (
-            _number(file, box, 12),
-            _number(file, box, 16),
-        )
-    )
+    clock, duration, size = (20, 24, 8) if _is_long(file, box) else (12, 16, 4)
+    return _number(file, box, clock), _number(file, box, duration, size)
 
 
 def _shown(file: BinaryIO, box: Box) -> int:
