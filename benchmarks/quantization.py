@@ -39,8 +39,10 @@ from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaConfig, MambaMiaForCondition
 METHODS = {
     "float32": {"dtype": torch.float32},
     "bfloat16": {},
-    "torchao int8": {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())},
-    "torchao int8, activations too": {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())},
+    "torchao int8": {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(version=2))},
+    "torchao int8, activations too": {
+        "quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig(version=2))
+    },
     "torchao int4": {"quantization_config": TorchAoConfig(IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(32)))},
     "torchao int4, packed for CPUs": {
         "quantization_config": TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32))
