@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_tokenizer
-from transformers import AutoProcessor, AutoVideoProcessor, SiglipImageProcessor
+from transformers import AutoProcessor, AutoVideoProcessor, ProcessorMixin, SiglipImageProcessor
 from transformers.video_utils import VideoMetadata
 from video_files import draw_number, read_numbers, write_video
 
@@ -519,6 +519,14 @@ class TestSaving:
     def test_loading_with_another_budget(self, tmp_path):
         make_processor().save_pretrained(tmp_path)
         assert MambaMiaProcessor.from_pretrained(tmp_path, keep_frames=5).keep_frames == 5
+
+    def test_a_missing_package_is_no_setting(self, tmp_path, monkeypatch):
+        def load(*args, **kwargs):
+            raise ImportError("needs another package")
+
+        monkeypatch.setattr(ProcessorMixin, "from_pretrained", load)
+        with pytest.raises(ImportError, match="needs another package"):
+            MambaMiaProcessor.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("value", [-1, "x", [], {"a": 1}, 1.5])
     @pytest.mark.parametrize(

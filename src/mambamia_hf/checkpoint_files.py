@@ -63,7 +63,7 @@ def well_typed(what: str = "A setting of the configuration cannot be used") -> I
     """Turns the error of a library over a setting of a wrong type into a ValueError of one sentence, `what` first."""
     try:
         yield
-    except (OSError, ValueError):
+    except (ImportError, OSError, ValueError):  # a package that is missing is no setting
         raise
     except Exception as error:  # as in `explained`
         reason = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" …").rstrip(".")
