@@ -176,7 +176,7 @@ def duration_of(metadata: VideoMetadata) -> float | None:
 
 def _is_positive(setting: Any) -> bool:
     """Whether a setting is a number above 0, or is not set."""
-    return setting is None or (isinstance(setting, Real) and 0 < setting < math.inf)
+    return setting is None or (isinstance(setting, Real) and 0 < float(setting) < math.inf)
 
 
 def _timestamps(metadata: VideoMetadata, num_frames: int) -> list[float] | None:
