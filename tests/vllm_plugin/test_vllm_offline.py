@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,20 @@ from mambamia_hf import (
 from mambamia_hf.frame_times import time_token_ids
 
 
-# One process, no compiled code: an engine starts in seconds.
+if find_spec("vllm") is None:
+    pytest.skip("needs vLLM", allow_module_level=True)
+
+# One process, no compiled code: an engine starts in seconds. Only here: in a run without vLLM, the tests after these
+# would compile nothing either.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-vllm = pytest.importorskip("vllm")
+import vllm
+
+
 pytestmark = pytest.mark.slow
 
 DEMO = Path(BUNDLED_CHECKPOINT).parent / "demo" / "needle.mp4"
