@@ -128,6 +128,9 @@ class TestParts:
         assert self.numbers(processor, path, video_start=1, video_end=2, num_frames=5) == [11, 13, 15, 17, 19]
         assert self.numbers(processor, path, video_start=3.55, max_frames=100) == [35, 36, 37, 38, 39]
         assert self.numbers(processor, path, video_start=3.0, do_sample_frames=False) == list(range(30, 40))
+        starts = {"sample_at": "start", "num_frames": 4}  # as processors of converted checkpoints
+        assert self.numbers(processor, path, video_start=2.0, **starts) == [20, 25, 30, 35]
+        assert self.numbers(processor, path, video_start=1, video_end=2, **starts) == [10, 12, 15, 18]
 
     def test_times_of_a_video_go_before_those_of_a_call(self, processor, path):
         videos = [VideoPart(str(path), 2.0), {"path": str(path), "video_end": 1.0}, str(path)]

@@ -404,6 +404,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         max_frames: int | None = None,
         video_start: float | None = None,
         video_end: float | None = None,
+        sample_at: str | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
         """
@@ -423,6 +424,8 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             video_start, video_end (`float`, *optional*):
                 The seconds between which to sample, by default the whole video. The frame on display at the start is
                 the first of this part.
+            sample_at (`str`, *optional*):
+                `"middle"` or `"start"` of equal parts, instead of that of this processor.
 
         Returns:
             `np.ndarray`: The numbers of the frames, ascending.
@@ -437,20 +440,21 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 f"`num_frames={num_frames}` and `{name}={value}` are mutually exclusive arguments: pass only one of "
                 "them."
             )
+        sample_at = self.sample_at if sample_at is None else sample_at
+        if sample_at not in ("middle", "start"):
+            raise ValueError(f"`sample_at={sample_at!r}` is no place to sample at: use 'middle' or 'start'.")
         first = 0
         if video_start is not None or video_end is not None:
             first, metadata = _cut(metadata, video_start or 0.0, video_end)
         total = metadata.total_num_frames
         if num_frames is None:
-            num_frames = self._default_num_frames(metadata, fps, max_frames)
+            num_frames = self._default_num_frames(metadata, fps, max_frames, sample_at == "start")
         elif not 1 <= num_frames <= total:
             raise ValueError(
                 f"`num_frames={num_frames}` cannot be sampled from a video of {total} frames: ask for 1 to {total}."
             )
-        if self.sample_at == "start":
-            return np.minimum(np.round(np.arange(num_frames) / num_frames * total), total - 1).astype(int)
-        if self.sample_at != "middle":
-            raise ValueError(f"`sample_at={self.sample_at!r}` is no place to sample at: use 'middle' or 'start'.")
+        if sample_at == "start":
+            return first + np.minimum(np.round(np.arange(num_frames) / num_frames * total), total - 1).astype(int)
         middles = (np.arange(num_frames) + 0.5) / num_frames
         if isinstance(metadata, TimedVideoMetadata):
             # Later than 0 where a user's frames are, earlier where a part begins while a frame is on display.
@@ -458,7 +462,9 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
             return first + metadata.frames_shown_at(start + middles * (metadata.duration - start))
         return first + (middles * total + 1e-6).astype(int)
 
-    def _default_num_frames(self, metadata: VideoMetadata, fps: float | None, max_frames: int | None) -> int:
+    def _default_num_frames(
+        self, metadata: VideoMetadata, fps: float | None, max_frames: int | None, round_up: bool
+    ) -> int:
         """How many frames to sample where no exact number is asked for."""
         duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
         if fps is not None and duration is None:
@@ -476,7 +482,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
         count = metadata.total_num_frames if most is None else min(metadata.total_num_frames, most)
         if rate and duration:
             # Containers may round times to milliseconds, which must not cost a frame.
-            in_all = math.ceil((duration - 1e-3) * rate) if self.sample_at == "start" else (duration + 1e-3) * rate
+            in_all = math.ceil((duration - 1e-3) * rate) if round_up else (duration + 1e-3) * rate
             count = min(count, max(1, int(in_all)))
         return count
 
@@ -540,7 +546,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
                 "for each video."
             )
 
-        numbers = {name: kwargs.get(name) for name in ("num_frames", "fps", "max_frames")}
+        numbers = {name: kwargs.get(name) for name in ("num_frames", "fps", "max_frames", "sample_at")}
         resize = self.frame_transform(**options)
 
         loaded = []
@@ -561,7 +567,7 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
 
         Args:
             video: a source or a part of one.
-            numbers: how many frames to sample, arguments of `sample_frames`; None to take them all.
+            numbers: how many frames to sample, and where, arguments of `sample_frames`; None to take them all.
         """
         part: dict[str, Any] = {}
         if isinstance(video, VideoPart):
