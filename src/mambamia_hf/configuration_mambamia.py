@@ -1,6 +1,8 @@
 """Configurations of MambaMia: the compressor alone, and vision tower + compressor + language model."""
 
 import math
+import os
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -11,10 +13,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from .checkpoint_files import check_settings, explained, well_typed
+from .checkpoint_files import check_layout, check_settings, explained, well_typed
 from .frame_selection import frame_budget
 from .frame_times import time_characters, time_width
 from .versions import warn_if_untested
+
+
+# Options of `from_pretrained` that tell where the files of a checkpoint are.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 @strict
@@ -96,6 +102,13 @@ class MambaMiaCompressorConfig(PreTrainedConfig):
         self.time_step_limit = tuple(float(bound) for bound in self.time_step_limit)
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, so that construction raises the ValueError itself
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As any configuration's, or that of the whole model around the compressor; refuses a checkpoint of another
+        model, and names the converter."""
+        model_types = (cls.model_type, MambaMiaConfig.model_type)
+        return _own_config_dict(super().get_config_dict, model_types, *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -314,20 +327,8 @@ class MambaMiaConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As any configuration's; refuses a checkpoint in the layout of the authors' code, naming the converter."""
-        with well_typed():
-            config_dict, unused = super().get_config_dict(*args, **kwargs)
-        if not isinstance(config_dict, dict):
-            raise ValueError(f"The config.json of {args[0] if args else 'a model'} is no JSON object.")
-        model_type = config_dict.get("model_type", "")
-        if not isinstance(model_type, str):
-            raise ValueError(f"The config.json of {args[0] if args else 'a model'} has the model_type {model_type!r}.")
-        if model_type.startswith("llava") or config_dict.keys() & {"mm_vision_tower", "mm_projector_type"}:
-            raise ValueError(
-                f"This is a checkpoint in the layout of the authors' code (model_type={model_type!r}); convert it "
-                f"first: python -m mambamia_hf.convert SRC DST."
-            )
-        return config_dict, unused
+        """As any configuration's; refuses a checkpoint of another model, and names the converter."""
+        return _own_config_dict(super().get_config_dict, (cls.model_type,), *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -465,6 +466,38 @@ class MambaMiaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be the number of a token, from 0 on, not {getattr(self, name)}.")
 
 
+def config_beside(name: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the config.json of the model beside a processor, empty where the processor is alone.
+
+    Args:
+        name: folder or Hub name.
+        options: of `from_pretrained`; those that tell where to look are heeded.
+
+    Raises:
+        ValueError: if the model is in the layout of the authors' code.
+    """
+    known = {option: options[option] for option in _HUB_OPTIONS if option in options}
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **known)
+    except OSError:
+        return {}
+    check_layout(config, name)
+    return config
+
+
+def _own_config_dict(
+    read: Callable[..., tuple[Any, dict[str, Any]]], model_types: tuple[str, ...], *args: Any, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `read` of Transformers gives with these arguments, checked to be of a model of one of these types."""
+    name = args[0] if args else kwargs.get("pretrained_model_name_or_path", "a model")
+    with well_typed():
+        config_dict, unused = read(*args, **kwargs)
+    if not isinstance(config_dict, dict):
+        raise ValueError(f"The config.json of {name} is no JSON object.")
+    check_layout(config_dict, name, model_types)
+    return config_dict, unused
+
+
 def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
     """A configuration as it is, from a dictionary (of the default's type if that names none), or the default."""
     if isinstance(given, PreTrainedConfig):
@@ -488,4 +521,4 @@ for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_
     _names.setdefault(MambaMiaConfig.model_type, "MambaMiaForConditionalGeneration")
 
 
-__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig"]
+__all__ = ["MambaMiaCompressorConfig", "MambaMiaConfig", "config_beside"]

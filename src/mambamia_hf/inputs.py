@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from .checkpoint_files import check_layout
+
 
 STANDARD_INPUT = "-"  # in place of the name of a video
 MEMORY_SUFFIX = ".safetensors"
@@ -73,7 +75,8 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """Check that `checkpoint` can be a Hub id, or is the folder of a whole MambaMia checkpoint.
 
     Raises:
-        ValueError: if it is neither, or holds an adapter (PEFT) without the model that it adapts.
+        ValueError: if it is neither, is in the layout of the authors' code, or holds an adapter (PEFT) without the
+            model that it adapts.
     """
     name = os.fspath(checkpoint)
     remedy = "give the folder or Hub id of a MambaMia checkpoint"
@@ -90,7 +93,10 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the folder '{name}' has no readable config.json; {remedy}.") from error
-    model_type = config.get("model_type", "unknown") if isinstance(config, dict) else "unknown"
+    if not isinstance(config, dict):
+        config = {}
+    check_layout(config, f"the folder '{name}'")
+    model_type = config.get("model_type", "unknown")
     if model_type != "mambamia":
         raise ValueError(f"the folder '{name}' holds a model of type {model_type}, not mambamia; {remedy}.")
 

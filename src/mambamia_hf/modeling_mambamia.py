@@ -30,7 +30,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
+from .configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig, config_beside
 from .finite import check_result
 from .frame_times import time_ids, time_token_ids
 from .modeling_compressor import MambaMiaCompressor
@@ -624,7 +624,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
 
         Raises:
             ValueError: for an argument that is no setting of the compressor, a format of times that does not exist or
-                for which the tokenizer lacks a token, or a model that is quantised.
+                for which the tokenizer lacks a token, or a model that is quantised or in the layout of the authors'
+                code.
         """
         unknown = compressor_kwargs.keys() - {field.name for field in fields(MambaMiaCompressorConfig)}
         if unknown:
@@ -633,6 +634,7 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
                 f"`model.config` afterwards, and see MambaMiaCompressorConfig for the others."
             )
         for name in (vision, text):
+            config_beside(name, {})  # raises for the layout of the authors' code, which Auto classes do not know
             check_not_quantized(name)
         config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(config, "vision_config", config)

@@ -20,7 +20,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import TextInput
 
 from .checkpoint_files import well_typed
-from .configuration_mambamia import MambaMiaConfig
+from .configuration_mambamia import MambaMiaConfig, config_beside
 from .frame_selection import frame_budget
 from .frame_times import format_time, time_width
 from .model_card import fill_card
@@ -204,16 +204,12 @@ class MambaMiaProcessor(ProcessorMixin):
         """As any processor's; compares its tokens with the configuration of the model that lies beside it.
 
         Raises:
-            ValueError: if they differ, as where files of the tokenizer are missing, or a file holds something else
-                than the settings of a processor.
+            ValueError: if they differ, as where files of the tokenizer are missing, if a file holds something else than
+                the settings of a processor, or if the model is in the layout of the authors' code.
         """
+        config = config_beside(pretrained_model_name_or_path, kwargs)
         with well_typed(f"The processor of {pretrained_model_name_or_path} has a setting that cannot be used"):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "subfolder") if name in kwargs}
-        try:
-            config, _ = MambaMiaConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-        except OSError:  # a processor alone
-            return processor
         if config.get("model_type") == MambaMiaConfig.model_type:
             processor.check_tokens(config, str(pretrained_model_name_or_path))
         return processor

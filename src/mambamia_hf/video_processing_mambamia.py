@@ -30,6 +30,7 @@ from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video_frame, make_batched_metadata
 
+from .configuration_mambamia import config_beside
 from .frame_times import check_times
 from .video_decoding import decode_video, frames_of_decoder, is_decoder
 from .video_index import TimedVideoMetadata
@@ -300,6 +301,13 @@ class MambaMiaVideoProcessor(BaseVideoProcessor):
     do_pad = False
     valid_kwargs = MambaMiaVideoProcessorKwargs  # type: ignore[assignment]  # declared for images
     model_input_names = ["pixel_values_videos", "frame_mask", "video_timestamps"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As any video processor's; refuses a checkpoint in the layout of the authors' code, whose settings of images
+        would be taken."""
+        config_beside(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[MambaMiaVideoProcessorKwargs]) -> BatchFeature:
         """Samples, resizes and normalises videos.

@@ -5,11 +5,15 @@ import re
 import pytest
 import torch
 from original_checkpoint import Original, load, logits, original_compressor, weights
+from tiny import tiny_tokenizer
 from tiny_model import random_videos
 from torch import nn
+from transformers import AutoConfig, SiglipImageProcessor
 
-from mambamia_hf import MambaMiaCompressor
+import mambamia_hf
+from mambamia_hf import MambaMiaCompressor, MambaMiaForConditionalGeneration
 from mambamia_hf.convert import compressor_from_original, convert_from_original, convert_to_original
+from mambamia_hf.inputs import check_checkpoint
 
 
 PROJECTOR = "model.mm_projector."
@@ -248,3 +252,50 @@ def test_end_of_frame_vector_and_merge_type_agree(tmp_path):
     original.config["mm_patch_merge_type"] = "flat"
     with pytest.raises(ValueError, match="mm_patch_merge_type='flat' puts nothing after a frame"):
         convert_from_original(original.write(tmp_path / "unused"), tmp_path / "dst2")
+
+
+OUR_CLASSES = [
+    mambamia_hf.MambaMiaCompressor,
+    mambamia_hf.MambaMiaCompressorConfig,
+    mambamia_hf.MambaMiaConfig,
+    mambamia_hf.MambaMiaEncoder,
+    mambamia_hf.MambaMiaForConditionalGeneration,
+    mambamia_hf.MambaMiaModel,
+    mambamia_hf.MambaMiaProcessor,
+    mambamia_hf.MambaMiaVideoProcessor,
+]
+
+
+@pytest.mark.parametrize("our_class", OUR_CLASSES, ids=lambda our_class: our_class.__name__)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"model_type": "unimambamia_av"}, {"model_type": "qwen2"}, None],
+    ids=["llava", "audio-visual", "unchanged type", "hyperclovax"],
+)
+def test_layout_given_to_our_classes(tmp_path, our_class, config):
+    original = Original()
+    original.config |= config or {}
+    if config is None:
+        original.config = {"model_type": "hyperclovax_omni", "text_config": {"hidden_size": 48}}
+    src = original.write(tmp_path / "src")
+    tiny_tokenizer().save_pretrained(src)
+    SiglipImageProcessor().save_pretrained(src)  # a video processor would take these settings
+    with pytest.raises(ValueError, match="python -m mambamia_hf.convert"):
+        our_class.from_pretrained(src)
+
+
+def test_layout_given_elsewhere(tmp_path):
+    src = Original().write(tmp_path / "src")
+    for given in (
+        check_checkpoint,
+        lambda name: MambaMiaForConditionalGeneration.from_vision_text_pretrained(name, name),
+    ):
+        with pytest.raises(ValueError, match="python -m mambamia_hf.convert"):
+            given(src)
+
+
+@pytest.mark.parametrize("our_class", OUR_CLASSES[:6], ids=lambda our_class: our_class.__name__)
+def test_other_models_are_none_of_ours(tmp_path, our_class):
+    AutoConfig.for_model("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model of type 'qwen2'"):
+        our_class.from_pretrained(tmp_path)
