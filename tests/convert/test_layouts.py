@@ -123,6 +123,45 @@ def test_tower_without_its_last_layers(tmp_path, num_layers):
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("name", ["original_inv_freq", "cos_cached", "sin_cached"])
+def test_rotary_buffers_of_other_names(tmp_path, name):
+    original = Original()
+    frequencies = 10000.0 ** -(torch.arange(6) / 6)
+    angles = torch.outer(torch.arange(40), frequencies).repeat(1, 2)[None, None]
+    values = {"original_inv_freq": frequencies, "cos_cached": angles.cos(), "sin_cached": angles.sin()}[name]
+    original.tensors[f"model.layers.1.self_attn.rotary_emb.{name}"] = values.bfloat16()
+    convert_from_original(original.write(tmp_path / "src"), tmp_path / "dst")
+    assert torch.equal(logits(load(tmp_path / "dst")), logits(original.model()))
+    original.tensors[f"model.layers.1.self_attn.rotary_emb.{name}"] = -values
+    with pytest.raises(ValueError, match=f"rotary_emb.{name} differs from what the configuration gives"):
+        convert_from_original(original.write(tmp_path / "other"), tmp_path / "dst2")
+
+
+def test_advice_spares_what_is_needed(tmp_path):
+    original = Original()
+    for layer in range(2):
+        original.tensors[f"model.layers.{layer}.self_attn.masked_bias"] = torch.tensor(-1e4)
+        original.tensors[f"model.layers.{layer}.cross_attn.q_proj.weight"] = torch.ones(3, 3)
+    src = original.write(tmp_path / "src")
+    with pytest.raises(ValueError, match="4 unknown") as error:
+        convert_from_original(src, tmp_path / "dst")
+    patterns = advised_patterns(error.value)
+    assert patterns == ["model.layers.*.cross_attn.*", "model.layers.*.self_attn.masked_bias"]
+    convert_from_original(src, tmp_path / "dst", ignore=patterns)
+    assert torch.equal(logits(load(tmp_path / "dst")), logits(original.model()))
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "base_model.model.", "_orig_mod.", "model.", "module.base_model.model."]
+)
+def test_names_of_a_wrapped_model(tmp_path, wrapper):
+    original = Original()
+    expected = logits(original.model())
+    original.tensors = {wrapper + name: tensor for name, tensor in original.tensors.items()}
+    convert_from_original(original.write(tmp_path / "src", "bin-sharded"), tmp_path / "dst")
+    assert torch.equal(logits(load(tmp_path / "dst")), expected)
+
+
 def test_tower_with_a_hole_in_it(tmp_path):
     original = Original(vision={"num_hidden_layers": 4})
     gone = f"{TOWER}encoder.layers.2."
@@ -198,7 +237,10 @@ def test_compressor_inside_hyperclovax_is_taken_alone(tmp_path):
     )
 
 
-@pytest.mark.parametrize("prefix", ["", "model.mm_projector.", "model.mm_audio_projector."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "model.mm_projector.", "model.mm_audio_projector.", "mm_projector.", "base_model.model.model.mm_projector."],
+)
 def test_checkpoint_of_a_compressor_without_a_configuration(tmp_path, prefix):
     original = Original()
     original.tensors = {prefix + name: tensor for name, tensor in original.compressor.items()}
@@ -208,6 +250,45 @@ def test_checkpoint_of_a_compressor_without_a_configuration(tmp_path, prefix):
     loaded = MambaMiaCompressor.from_pretrained(tmp_path / "dst").state_dict()
     expected = compressor_from_original(original.compressor).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in loaded)
+
+
+def test_first_stage_of_training(tmp_path):
+    original = Original()
+    src = original.write(tmp_path / "src")
+    (src / "model.safetensors").unlink()
+    torch.save({PROJECTOR + name: tensor for name, tensor in original.compressor.items()}, src / "mm_projector.bin")
+    convert_from_original(src, tmp_path / "dst")
+    loaded = MambaMiaCompressor.from_pretrained(tmp_path / "dst").state_dict()
+    expected = compressor_from_original(original.compressor).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in loaded)
+
+
+def test_adapter_is_no_model(tmp_path):
+    src = Original().write(tmp_path / "src")
+    (src / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter .*merge it"):  # beside the model, which it would change
+        convert_from_original(src, tmp_path / "dst")
+    (src / "model.safetensors").rename(src / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds an adapter .*merge it"):
+        convert_from_original(src, tmp_path / "dst")
+
+
+def test_checkpoint_without_a_compressor(tmp_path):
+    original = Original()
+    original.tensors = {name.replace("mm_projector", "resampler"): t for name, t in original.tensors.items()}
+    with pytest.raises(ValueError, match=r"no compressor under model\.mm_projector\..*only .*model\.resampler\."):
+        convert_from_original(original.write(tmp_path / "src"), tmp_path / "dst")
+
+
+def test_temporal_layers_among_the_others_or_outside(tmp_path):
+    block = {name: t for name, t in original_compressor().items() if name.startswith("model.layers.0.mixer.")}
+    for number, place in enumerate((f"{PROJECTOR}model.layers.2.", "model.time_axis_aggregator.", "model.taa.")):
+        original = Original()
+        original.tensors |= {name.replace("model.layers.0.", place): tensor for name, tensor in block.items()}
+        original.tensors |= encoder("model.audio_tower.model")
+        with pytest.raises(ValueError, match="temporal layers has been released") as error:
+            convert_from_original(original.write(tmp_path / str(number)), tmp_path / "dst")
+        assert place in str(error.value) and advised_patterns(error.value) == ["model.audio_tower.*"]
 
 
 def test_temporal_layers_under_unknown_names(tmp_path):

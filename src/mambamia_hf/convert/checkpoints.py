@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,11 +177,8 @@ def _convert_model(
     kept = {name: tensor for name, tensor in weights.items() if not _is_computed(name, tensor.shape)}
     _check_buffers({name: tensor for name, tensor in weights.items() if is_buffer(name)}, config)
     made = _new_compressor(config, projector) if new_compressor else _identities(config, kept, projector)
-    unknown = kept.keys() - expected.keys()
-    hint = f"Names are those of released checkpoints. {EXPECTED_TENSORS}"
-    if not any(name.startswith(projector) for name in unknown):
-        hint = f"To leave these out: {ignoring(unknown)}"
-    check_tensors(str(folder), {**_shapes(kept), **_shapes(made)}, expected, _optional(config), hint)
+    found = {**_shapes(kept), **_shapes(made)}
+    check_tensors(str(folder), found, expected, _optional(config), _hint(found, expected, projector))
     check_types({name: tensor.dtype for name, tensor in kept.items()})
     if config.tie_word_embeddings:
         embeddings = model.get_input_embeddings()
@@ -278,19 +276,45 @@ def _without_identities(weights: dict[str, StoredTensor], config: MambaMiaConfig
     return {name: tensor for name, tensor in weights.items() if name.removeprefix(prefix) not in redundant}
 
 
+def _hint(found: Mapping[str, Shape], expected: Mapping[str, Shape], projector: str) -> str:
+    """What to say of tensors that are unknown or missing: what a compressor has, and how to leave the others out."""
+    unknown, missing = found.keys() - expected.keys(), expected.keys() - found.keys()
+    of_compressor = {name for name in unknown | missing if name.startswith(projector) or _may_be_temporal(name)}
+    others = unknown - of_compressor
+    hints = [f"Names are those of released checkpoints. {EXPECTED_TENSORS}"] if of_compressor else []
+    hints += [f"To leave out what is no part of it: {ignoring(others, expected)}"] if others else []
+    return " ".join(hints)
+
+
+def _may_be_temporal(name: str) -> bool:
+    """Whether a tensor may be of a temporal layer, by its name or as one of a mixer, and so not to be left out."""
+    is_like_one = re.search(r"\.mixer\.|A_log|dt_bias|temporal|\btaa\b|time_", name) is not None
+    return is_like_one and not name.startswith(COMPRESSOR_PREFIXES)
+
+
 def _check_buffers(buffers: Mapping[str, StoredTensor], config: MambaMiaConfig) -> None:
     """Checks the buffers that are left out against what the model computes in their place."""
     for name, buffer in read_tensors(buffers).items():
-        buffer = buffer.flatten().float()
-        if name.endswith("position_ids"):
-            expected = torch.arange(len(buffer)).float()
-        else:
-            expected = _rotary_frequencies(config, len(buffer))
-        if not torch.allclose(buffer, expected, rtol=0.01, atol=1e-6):  # saved in half precision at times
+        expected, tolerance = _computed(name, buffer.shape, config), 1e-6
+        if name.endswith("_cached"):  # between -1 and 1
+            tolerance = 0.01
+        # Saved in half precision at times.
+        if not torch.allclose(buffer.float().flatten(), expected.flatten(), rtol=0.01, atol=tolerance):
             raise ValueError(
                 f"The buffer {name} differs from what the configuration gives; check config.json (rope_theta for "
                 f"rotary embeddings), or leave the buffer out with --ignore '{name}' if config.json is right."
             )
+
+
+def _computed(name: str, shape: Shape, config: MambaMiaConfig) -> Tensor:
+    """What the model computes in the place of a buffer of this name and shape."""
+    if name.endswith("position_ids"):
+        return torch.arange(math.prod(shape)).float()
+    if not name.endswith("_cached"):
+        return _rotary_frequencies(config, math.prod(shape))
+    length, width = (1, *shape)[-2:]
+    angles = torch.outer(torch.arange(length), _rotary_frequencies(config, width // 2)).repeat(1, 2)
+    return angles.cos() if name.endswith("cos_cached") else angles.sin()
 
 
 def _check_tied_head(weights: Mapping[str, StoredTensor], embeddings: str) -> None:

@@ -20,6 +20,7 @@ from .names import (
     is_buffer,
     is_empty_embedding,
     original_compressor_name,
+    wrapping,
 )
 from .weights import DAMAGED, check_types, dtype_name
 
@@ -47,6 +48,7 @@ def compressor_from_original(
     Args:
         state_dict: the compressor's tensors, all of them bare, or all under `model.mm_projector.`,
             `model.video_audio_compressor.` (HyperCLOVAX-SEED-Omni) or `model.mm_audio_projector.` (UniMambaMia-AV).
+            These may lack `model.` or be wrapped, as in `module.` and `base_model.model.`.
         head_dim: size of a head, by default what the shapes tell.
         state_size: size of a head's state per channel, by default what the shapes tell.
         n_groups: groups of heads that share B and C.
@@ -59,6 +61,8 @@ def compressor_from_original(
         ValueError: if tensors are unknown, missing, of a wrong shape or type or not finite, naming them, or if a size
             that was given disagrees with the shapes.
     """
+    wrapped = wrapping(state_dict)
+    state_dict = {name.removeprefix(wrapped): tensor for name, tensor in state_dict.items()}
     prefix = next((p for p in COMPRESSOR_PREFIXES if all(name.startswith(p) for name in state_dict)), "")
     tensors = {
         name.removeprefix(prefix): tensor

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..checkpoint_files import explained, read_json
 from ..configuration_mambamia import MambaMiaCompressorConfig, MambaMiaConfig
-from .names import Shape, is_mlp, numbered
+from .names import PROJECTORS, Shape, is_mlp, listing, numbered
 from .weights import DTYPES
 
 
@@ -318,6 +318,11 @@ def _compressor_config(source: Settings, shapes: Mapping[str, Shape], projector:
     try:
         return compressor_config(tensors, **untold_sizes(source))
     except ValueError as error:
+        if not tensors:
+            raise ValueError(
+                f"The checkpoint has no compressor under {' or '.join(PROJECTORS)} (mm_projector_type="
+                f"{source.get('mm_projector_type')!r}), only {listing(shapes)}."
+            ) from error
         hint = ""
         if is_mlp(tensors):
             hint = " An MLP compresses nothing; to train a compressor in its place, convert with --new-compressor."

@@ -23,17 +23,30 @@ _COMPRESSOR_RULES = (
     (r"\.backward_ssm\.A_log$", ".A_b_log"),
     (r"\.backward_ssm\.(D|dt_bias)$", r".\1_b"),
 )
-# Where checkpoints keep a compressor. The last one reads audio: it can be taken alone, but not as part of a model.
+# Where checkpoints keep a compressor. The last one reads audio: it can be taken alone, but not as part of a model. A
+# compressor alone may lack the name of the model around it.
 PROJECTORS = ("model.mm_projector.", "model.video_audio_compressor.")
-COMPRESSOR_PREFIXES = (*PROJECTORS, "model.mm_audio_projector.")
+_COMPRESSORS = (*PROJECTORS, "model.mm_audio_projector.")
+COMPRESSOR_PREFIXES = (*_COMPRESSORS, *(prefix.removeprefix("model.") for prefix in _COMPRESSORS))
 TOWER = "model.vision_tower.vision_tower."
 # Buffers that older versions of Transformers saved and the model computes itself.
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|embeddings\.position_ids)$")
+# What stands before every name of a model that was wrapped when it was saved: by training in parallel, compilation,
+# adapters, and a module around it.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
 # The lab's Mamba2 has an embedding for a vocabulary of size 0.
 _NO_EMBEDDING = re.compile(r"(^|\.)model\.embeddings\.weight$")
 # Names per module that an error message lists before it counts them, and tensors that it shows with their shapes.
 _LISTED = 24
 _LISTED_SHAPES = 12
+
+
+def wrapping(names: Collection[str]) -> str:
+    """What stands before every name because the model was wrapped when it was saved, as `module.`."""
+    found = ""
+    while mark := next((mark for mark in _WRAPPERS if _wraps(found + mark, names)), None):
+        found += mark
+    return found
 
 
 def original_compressor_name(name: str) -> str:
@@ -118,9 +131,11 @@ def listing(names: Iterable[str]) -> str:
     return ", ".join(_shortened(list(group)) for _, group in groupby(sorted(names), _module))
 
 
-def ignoring(names: Iterable[str]) -> str:
-    """The command-line option that leaves out the modules of `names`."""
-    return " ".join(["--ignore", *(f"'{module}*'" for module in sorted({_module(name) for name in names}))])
+def ignoring(names: Iterable[str], needed: Iterable[str] = ()) -> str:
+    """The command-line option that leaves out the modules of `names`, and nothing that is `needed`."""
+    needed = list(needed)
+    patterns = sorted({_pattern(name, needed) for name in names})
+    return " ".join(["--ignore", *(f"'{pattern}'" for pattern in patterns)])
 
 
 def check_tensors(
@@ -137,7 +152,7 @@ def check_tensors(
         found: shapes of the tensors that there are.
         expected: shapes of those that there have to be.
         optional: names that may be missing.
-        hint: a sentence to close the message with where tensors are unknown.
+        hint: sentences to close the message with where tensors are unknown or missing.
 
     Raises:
         ValueError: if the tensors are not those expected.
@@ -155,13 +170,29 @@ def check_tensors(
             shown.append(f"and {len(misshapen) - _LISTED_SHAPES} more")
         problems.append(f"{len(misshapen)} of a wrong shape: {', '.join(shown)}")
     if problems:
-        closing = f" {hint}" if unknown and hint else ""
+        closing = f" {hint}" if (unknown or missing) and hint else ""
         raise ValueError(f"The tensors of {what} do not fit the model. {'; '.join(problems)}.{closing}")
 
 
 def _module(name: str) -> str:
     """The first two parts of a name, with the dot behind them if there are more."""
     return "".join(re.split(r"(?<=\.)", name)[:2])
+
+
+def _pattern(name: str, needed: Iterable[str]) -> str:
+    """The pattern of the largest module around a name that nothing needed is in; the same module in every layer."""
+    patterns = [_module(name) + "*"]
+    parts = re.sub(r"\.\d+(?=\.)", ".*", name).split(".")
+    patterns += [".".join(parts[:depth]) + ".*" for depth in range(3, len(parts))] + [".".join(parts)]
+    free = (pattern for pattern in patterns if not any(fnmatchcase(other, pattern) for other in needed))
+    return next(free, name)
+
+
+def _wraps(prefix: str, names: Collection[str]) -> bool:
+    # "model." is part of the layout's own names, if it does not stand there twice.
+    is_own = prefix.endswith("model.") and not prefix.endswith("base_model.model.")
+    inside = f"{prefix}model." if is_own else prefix
+    return all(name.startswith(prefix) for name in names) and any(name.startswith(inside) for name in names)
 
 
 def _shortened(names: list[str]) -> str:

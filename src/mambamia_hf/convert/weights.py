@@ -16,13 +16,15 @@ from torch import Tensor
 
 from ..checkpoint_files import explained, read_index
 from ..finite import check_finite
-from .names import Shape, listing
+from .names import Shape, listing, wrapping
 
 
 # The types that weights come in, under safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# What LLaVA's first stage of training writes: the compressor alone.
+_COMPRESSOR_ALONE = "mm_projector.bin"
 
 # What to say of tensors that are not finite.
 DAMAGED = "the checkpoint is damaged or its training diverged"
@@ -39,6 +41,8 @@ class StoredTensor(NamedTuple):
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint, file by file, from safetensors or .bin files with or without an index.
+
+    Names are without what wrapped the model when it was saved.
 
     Raises:
         ValueError: if files are missing, damaged, outside `folder`, or contradict their index or each other.
@@ -60,7 +64,8 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
         )
     if not weights:
         raise ValueError(f"The weights files of {folder} hold no tensors.")
-    return weights
+    wrapped = wrapping(weights)
+    return {name.removeprefix(wrapped): tensor for name, tensor in weights.items()}
 
 
 def check_types(dtypes: Mapping[str, str]) -> None:
@@ -150,7 +155,12 @@ def _write_shard(weights: Mapping[str, StoredTensor | Tensor], file: Path) -> No
 
 def _weights_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """The weights files of a checkpoint, and where its index, if there is one, places each tensor."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (LoRA); merge it into its model with the code that trained it and convert the "
+            f"result, without adapter_config.json."
+        )
+    for name in ("model.safetensors", "pytorch_model.bin", _COMPRESSOR_ALONE):
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file() and index.is_file():
             raise ValueError(f"{folder} holds both {file.name} and {index.name}; remove the one that is out of date.")
