@@ -204,8 +204,8 @@ class MambaMiaProcessor(ProcessorMixin):
         """As any processor's; compares its tokens with the configuration of the model that lies beside it.
 
         Raises:
-            ValueError: if they differ, as where files of the tokenizer are missing, if a file holds something else than
-                the settings of a processor, or if the model is in the layout of the authors' code.
+            ValueError: if they differ, as where files of the tokenizer are missing, if a file holds something else
+                than the settings of a processor, or if the model is in the layout of the authors' code.
         """
         config = config_beside(pretrained_model_name_or_path, kwargs)
         with well_typed(f"The processor of {pretrained_model_name_or_path} has a setting that cannot be used"):
