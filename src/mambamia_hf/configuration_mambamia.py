@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from .checkpoint_files import check_layout, check_settings, explained, well_typed
+from .checkpoint_files import check_settings, explained, well_typed
+from .checkpoint_layout import check_layout
 from .frame_selection import frame_budget
 from .frame_times import time_characters, time_width
 from .versions import warn_if_untested

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from .checkpoint_files import check_layout
+from .checkpoint_layout import check_layout
 
 
 STANDARD_INPUT = "-"  # in place of the name of a video
