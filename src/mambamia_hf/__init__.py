@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # These import nothing heavy, so that the command line answers at once.
-_LIGHT_MODULES = ("__main__", "cli", "files", "inputs", "messages")
+_LIGHT_MODULES = ("__main__", "checkpoint_layout", "cli", "files", "inputs", "messages")
 
 # Folder of the small checkpoint that comes with the package.
 BUNDLED_CHECKPOINT = str(Path(__file__).parent / "checkpoint")
