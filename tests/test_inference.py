@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from tiny_model import tiny_checkpoint
+from tiny_model import tiny_checkpoint, video_prompt
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig
 from video_files import write_video
@@ -54,19 +54,6 @@ def test_the_video_goes_through_the_vision_tower_once(checkpoint, video):
     assert [first.seconds[stage] for stage in stages] == [second.seconds[stage] for stage in stages]
 
 
-def processor_prompt(processor, video, question, **processor_kwargs):
-    """The prompt that the processor makes of a chat."""
-    content = [{"type": "video", "path": str(video)}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    )
-
-
 def prompt_of(encoded):
     """The tokens that the language model reads for the question."""
     return encoded.chat._tokens([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}])
@@ -84,7 +71,7 @@ def test_the_prompt_is_that_of_the_processor(checkpoint, video, template):
         single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
     )
     processor.chat_template = template.format(bos="{{ bos_token }}") + processor.chat_template
-    expected = processor_prompt(processor, video, QUESTION, keep_frames=5)
+    expected = video_prompt(processor, video, QUESTION, keep_frames=5)
     prompt = prompt_of(encoded)
     assert [prompt] == expected["input_ids"].tolist()
     # One in front, and the ends of system message and question.
@@ -161,7 +148,7 @@ def test_prompts_with_times_are_those_of_the_processor(tmp_path, video, settings
     model, processor = tiny_checkpoint(tmp_path, **settings)
     encoded = encode_video(tmp_path, video, keep_frames=4)
     answer = encoded.ask(QUESTION, 8)
-    inputs = processor_prompt(processor, video, QUESTION, keep_frames=4)
+    inputs = video_prompt(processor, video, QUESTION, keep_frames=4)
     assert [prompt_of(encoded)] == inputs["input_ids"].tolist()
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_model import tiny_checkpoint, tiny_model, tiny_processor
+from tiny_model import tiny_checkpoint, tiny_model, tiny_processor, video_prompt
 from video_files import write_video
 
 from mambamia_hf import MambaMiaForConditionalGeneration, VideoMemory
@@ -159,17 +159,8 @@ def test_several_memories_in_one_prompt(model, processor, video, memory):
 
 
 def test_in_a_chat(model, processor, video, memory):
-    def ask(which):
-        content = [{"type": "video", "video": which}, {"type": "text", "text": "What happens?"}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-
-    assert_same_answers(model, ask(memory), ask(str(video)))
+    question = "What happens?"
+    assert_same_answers(model, video_prompt(processor, memory, question), video_prompt(processor, video, question))
 
 
 # Parts and selections

@@ -37,10 +37,11 @@ class Encode:
 
     def __init__(self, checkpoint: str, dtype: str | None, sampling: dict[str, Any]) -> None:
         quieten_libraries()
-        from mambamia_hf.inference import load_encoder
+        from mambamia_hf import MambaMiaEncoder
+        from mambamia_hf.inference import load_checkpoint
         from mambamia_hf.memory_writer import MemoryWriter
 
-        self.writer = MemoryWriter(*load_encoder(checkpoint, dtype=dtype), **sampling)
+        self.writer = MemoryWriter(*load_checkpoint(checkpoint, dtype=dtype, kind=MambaMiaEncoder), **sampling)
 
     def __call__(self, row: Row) -> Row:
         start = time.perf_counter()

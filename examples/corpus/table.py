@@ -25,9 +25,10 @@ class FramesOf:
 
     def __init__(self, checkpoint: str, dtype: str | None, selection: dict[str, Any]) -> None:
         quieten_libraries()
-        from mambamia_hf.inference import load_encoder
+        from mambamia_hf import MambaMiaEncoder
+        from mambamia_hf.inference import load_checkpoint
 
-        self.encoder, self.processor = load_encoder(checkpoint, dtype=dtype)
+        self.encoder, self.processor = load_checkpoint(checkpoint, dtype=dtype, kind=MambaMiaEncoder)
         self.selection = selection
 
     def __call__(self, batch: dict[str, Any]) -> Any:

@@ -273,37 +273,24 @@ def ask(
 
 
 def load_checkpoint(
-    checkpoint: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
-) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
+    checkpoint: str | os.PathLike[str],
+    device: str | None = None,
+    dtype: str | None = None,
+    kind: type[Model] = MambaMiaForConditionalGeneration,  # type: ignore[assignment]  # mypy takes no such default
+) -> tuple[Model, MambaMiaProcessor]:
     """Model and processor of a checkpoint, ready to be asked.
 
     Args:
         checkpoint: folder or Hub id of a MambaMia checkpoint.
         device, dtype: see [`encode_video`].
+        kind: [`MambaMiaEncoder`] for the part that makes memories, without its language model.
 
     Raises:
         ValueError: for a checkpoint, a device or a type that cannot be used.
     """
     place, name = find_device(device), os.fspath(checkpoint)
     processor = load_processor(name)
-    return load_model(name, place, dtype), processor
-
-
-def load_encoder(
-    checkpoint: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
-) -> tuple[MambaMiaEncoder, MambaMiaProcessor]:
-    """The part of a checkpoint that makes memories, without its language model, and the processor.
-
-    Args:
-        checkpoint: folder or Hub id of a MambaMia checkpoint.
-        device, dtype: see [`encode_video`].
-
-    Raises:
-        ValueError: for a checkpoint, a device or a type that cannot be used.
-    """
-    place, name = find_device(device), os.fspath(checkpoint)
-    processor = load_processor(name)
-    return load_model(name, place, dtype, MambaMiaEncoder), processor
+    return load_model(name, place, dtype, kind), processor
 
 
 def _check_sampled(memory: str, **options: Any) -> None:

@@ -634,8 +634,8 @@ class MambaMiaForConditionalGeneration(MambaMiaPreTrainedModel, GenerationMixin)
                 f"`model.config` afterwards, and see MambaMiaCompressorConfig for the others."
             )
         for name in (vision, text):
-            config_beside(name, {})  # raises for the layout of the authors' code, which Auto classes do not know
-            check_not_quantized(name)
+            # Raises for the layout of the authors' code, too, which Auto classes do not know.
+            check_not_quantized(name, config_beside(name, {}))
         config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(config, "vision_config", config)
         if hasattr(vision_config, "vision_use_head"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -91,16 +90,17 @@ def check_exact(model: nn.Module) -> None:
                 )
 
 
-def check_not_quantized(name: str | os.PathLike[str]) -> None:
+def check_not_quantized(name: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     """Refuses a quantised checkpoint as a part of a new model.
 
     Args:
         name: folder or Hub name.
+        config: content of its config.json.
 
     Raises:
         ValueError: if it is quantised.
     """
-    if getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is not None:
+    if config.get("quantization_config") is not None:
         raise ValueError(
             f"{name} is quantised, and a new model is made of parts that are not; name the checkpoint that it was "
             f"made of, save the model, and load it with a quantization_config."

@@ -24,7 +24,7 @@ from .video_damage import damaged_places, flv_tags
 from .video_decoder import UNREADABLE, Decoder, is_image, may_jump, open_video, run_in_threads
 from .video_mp4 import contradicting_durations
 from .video_sources import VideoLimits
-from .video_times import MAX_REORDERED, longest_believable_gap, repaired_times, typical_step
+from .video_times import MAX_REORDERED, durations_differ, longest_believable_gap, repaired_times, typical_step
 
 
 # Packets of these codecs say whether another frame refers to their frame.
@@ -41,9 +41,6 @@ _TRIAL_FRAMES = 100
 
 # How many times as long as the shortest the longest step between two frames may be, where times are rounded.
 _MAX_UNEVENNESS = 1.5
-
-# By what share two clocks of a file may differ.
-_CLOCKS_DIFFER = 0.05
 
 # How far apart in seconds frames usually are, from those of a fast camera to those of slides.
 _SHORTEST_STEP, _LONGEST_STEP = 0.001, 60.0
@@ -432,7 +429,7 @@ def _warn_of_clocks(path: str, container: InputContainer, index: VideoIndex, sta
     """
     metadata = index.metadata
     durations = contradicting_durations(path) if "mp4" in container.format.name else None
-    if stated is not None and metadata.duration > stated * (1 + _CLOCKS_DIFFER) + 0.5:
+    if stated is not None and metadata.duration > stated and durations_differ(metadata.duration, stated):
         durations = stated, metadata.duration
     step = typical_step(metadata.frame_timestamps, metadata.duration)
     if durations is not None:

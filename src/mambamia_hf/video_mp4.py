@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .video_times import durations_differ
+
 
 # Players count tracks in 31 bits; FFmpeg takes ten seconds to open a file of fragments with a larger number.
 _MAX_TRACK = (1 << 31) - 1
@@ -16,11 +18,8 @@ _MAX_TRACK = (1 << 31) - 1
 # So many boxes beside each other are looked at; files of fragments begin with their header.
 _MAX_BOXES = 10_000
 
-# By what share, and how many seconds, two durations of a track may differ: they may count another last frame.
-_SHARE, _SECONDS = 0.05, 0.5
-
-# The most seconds that a cut at any place hides: those from the key frame before it.
-_HIDDEN = 30.0
+# The most seconds that a cut at any place hides, those from the key frame before it, and how exactly a half is one.
+_HIDDEN, _ROUNDED = 30.0, 0.5
 
 Box = tuple[bytes, int, int]  # what it is, and where its content begins and ends
 
@@ -62,17 +61,13 @@ def _durations(file: BinaryIO, track: Box, movie_clock: int) -> tuple[float, flo
     shown = sum(edits or (_shown(file, box) for box in _inside(file, [track], b"tkhd"))) / movie_clock
     if not (counted and stated and shown):
         return None
-    if _differ(stated, counted):
+    if durations_differ(stated, counted):
         return stated, counted
     # An edit list may hide parts of a track, but there is nothing more to show.
-    if _differ(shown, counted) and (shown > counted or not edits):
+    if durations_differ(shown, counted) and (shown > counted or not edits):
         return shown, counted
-    is_hidden = counted - shown > _HIDDEN and shown < counted / 2 + _SECONDS
+    is_hidden = counted - shown > _HIDDEN and shown < counted / 2 + _ROUNDED
     return (shown, counted) if is_hidden else None
-
-
-def _differ(seconds: float, others: float) -> bool:
-    return abs(seconds - others) > _SHARE * min(seconds, others) + _SECONDS
 
 
 def _header(file: BinaryIO) -> Iterator[Box]:

@@ -15,6 +15,9 @@ _MAX_SHARE_OF_STRAYS = 0.1
 # H.264 and HEVC show a frame at most so many places before others that come earlier in the file.
 MAX_REORDERED = 16
 
+# By what share, and how many seconds, two durations of a video may differ: they may count another last frame.
+_SHARE, _SECONDS = 0.05, 0.5
+
 # The shortest and the longest step of regular times, in median steps; one frame may be missing.
 _SHORTEST_STEP, _LONGEST_STEP = 0.6, 2.5
 
@@ -40,6 +43,11 @@ def repaired_times(times: np.ndarray, frame_duration: float, may_jump: bool) -> 
     times = _joined(times, step, longest_believable_gap(times, may_jump), problems)
     times = _spread(times, frame_duration, problems)
     return times - times[0], problems
+
+
+def durations_differ(seconds: float, others: float) -> bool:
+    """Whether two durations in seconds are farther apart than by the way in which the last frame is counted."""
+    return abs(seconds - others) > _SHARE * min(seconds, others) + _SECONDS
 
 
 def typical_step(times: np.ndarray, default: float) -> float:

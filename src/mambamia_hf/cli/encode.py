@@ -32,10 +32,11 @@ def run(arguments: Namespace) -> int:
     done = 0
     if there:
         say_loading()
-        from ..inference import load_encoder
+        from ..auto import MambaMiaEncoder
+        from ..inference import load_checkpoint
         from ..memory_writer import MemoryWriter
 
-        encoder, processor = load_encoder(checkpoint, arguments.device, arguments.dtype)
+        encoder, processor = load_checkpoint(checkpoint, arguments.device, arguments.dtype, MambaMiaEncoder)
         writer = MemoryWriter(encoder, processor, **sampling_of(arguments))
         with remembered_ctrl_c() as ctrl_c:
             for video in there:

@@ -184,7 +184,7 @@ def load_mixture(
     file = Path(os.path.abspath(file))
     media_root = str(file.parent) if media_folder is None else ""
     parts = []
-    for number, settings in enumerate(_entries(file), start=1):
+    for number, settings in enumerate(listed_entries(file), start=1):
         try:
             entry = _entry(settings)
             if entry.weight:
@@ -200,8 +200,13 @@ def load_mixture(
     return Mixture(parts)
 
 
-def _entries(file: Path) -> list[Any]:
-    """What a YAML file lists under `datasets`."""
+def listed_entries(file: Path) -> list[Any]:
+    """What a YAML file lists under `datasets`.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no such file.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"There is no data file at '{file}'; check the path.")
     try:
@@ -248,4 +253,4 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-__all__ = ["Mixture", "MixtureEntry", "MixturePart", "load_mixture"]
+__all__ = ["Mixture", "MixtureEntry", "MixturePart", "listed_entries", "load_mixture"]

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import Trainer
@@ -15,6 +14,7 @@ from .. import __version__
 from ..configuration_mambamia import MambaMiaConfig
 from ..model_card import PIPELINE_TAG, TAGS, description, table, usage, write_card
 from .arguments import StageArguments
+from .mixtures import listed_entries
 from .stages import STAGES
 
 
@@ -100,8 +100,8 @@ def _hub_datasets(given: list[str]) -> list[str]:
     names: dict[str, Path] = {}  # with what a folder of that name would be
     for data in given:
         if data.endswith((".yaml", ".yml")):
-            listed = yaml.safe_load(Path(data).read_text(encoding="utf-8"))["datasets"]
-            names |= {entry["name"]: Path(data).parent / entry["name"] for entry in listed if entry.get("name")}
+            listed = [entry["name"] for entry in listed_entries(Path(data)) if entry.get("name")]
+            names |= {name: Path(data).parent / name for name in listed}
         elif not data.endswith((".json", ".jsonl")):
             names[data] = Path(data)
     is_name = re.compile(r"[\w.-]+(/[\w.-]+)?")
