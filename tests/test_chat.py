@@ -1,7 +1,11 @@
 """Conversations about a video give what `generate` gives for the whole conversation, from what was read before."""
 
+import sys
 import threading
+import time
+from contextlib import closing
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +271,60 @@ def test_a_cut_answer_is_what_is_remembered(any_model, stop):
     assert chat.messages[1]["content"] == [{"type": "text", "text": cut}]
     answer = chat.ask(QUESTIONS[1])
     assert answer == from_scratch(any_model, chat.messages[:3])
+
+
+def ctrl_c_at(moment: int):
+    """A profiler that raises `KeyboardInterrupt` where Python looks for Ctrl-C for the n-th time in our module and
+    those of threads: as a function begins, and as one of C has returned."""
+    left = moment
+
+    def profile(frame, event, _):
+        nonlocal left
+        module = Path(frame.f_code.co_filename).name
+        # Python's own `Condition` does not stand it everywhere.
+        is_ours = module == "chat.py" or (
+            module in ("thread.py", "threading.py") and not isinstance(frame.f_locals.get("self"), threading.Condition)
+        )
+        begins = event == "call" and frame.f_lasti <= 0  # and does not go on, as a generator
+        if is_ours and (begins or event == "c_return"):
+            left -= 1
+            if left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    return profile
+
+
+def num_threads() -> int:
+    """How many run; `active_count` goes on to count those that Ctrl-C kept from starting."""
+    return sum(thread.is_alive() for thread in threading.enumerate())
+
+
+def test_ctrl_c_at_any_moment(qwen2):
+    """The conversation goes on from what was given, and nothing goes on in the background."""
+    chat = new_chat(qwen2, max_new_tokens=4)
+    expected, threads, moment, is_stopped = chat.ask(QUESTIONS[0]), num_threads(), 0, True
+    while is_stopped:
+        moment, chat, given, is_stopped = moment + 1, chat.fork(), "", False
+        try:
+            sys.setprofile(ctrl_c_at(moment))
+            with closing(chat.stream(QUESTIONS[0])) as pieces:
+                for piece in pieces:
+                    given += piece
+        except KeyboardInterrupt:
+            is_stopped = True
+        finally:
+            sys.setprofile(None)
+        assert expected.startswith(given)
+        if chat.messages:
+            assert chat.messages[1]["content"][0]["text"].startswith(given)
+            chat.messages = []
+        else:
+            assert not given
+        assert chat.ask(QUESTIONS[0]) == expected
+        while num_threads() > threads:  # a thread that was just starting ends by itself
+            time.sleep(0.01)
+    assert given == expected and moment > 50, moment
 
 
 def test_a_question_that_was_not_answered_leaves_no_trace(qwen2, monkeypatch):

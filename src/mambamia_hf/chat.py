@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class VideoChat:
         self._prefix = _VideoPrefix(memory, features)
         self._cache: Cache | None = None  # of `_cached`, the tokens of the conversation so far
         self._cached: list[int] = []
-        self._turn = Lock()  # held while an answer is written
+        self._lock, self._is_answering = Lock(), False
 
     @property
     def memory(self) -> VideoMemory:
@@ -120,8 +120,9 @@ class VideoChat:
         other = VideoChat.__new__(VideoChat)
         other.model, other.processor = self.model, self.processor
         other.max_new_tokens = max_new_tokens or self.max_new_tokens
-        other._prefix, other._turn = self._prefix, Lock()
-        other.messages, other._cache, other._cached = [], None, []
+        other._prefix, other.messages = self._prefix, []
+        other._cache, other._cached = None, []
+        other._lock, other._is_answering = Lock(), False
         return other
 
     def with_selection(
@@ -158,12 +159,17 @@ class VideoChat:
             ValueError: with the first piece, if the question is empty or holds the placeholder of a video, the
                 conversation would not fit into the language model, or this chat is still answering.
         """
-        if not self._turn.acquire(blocking=False):
-            raise ValueError("this chat is still answering; wait for the answer, close it, or ask a fork().")
+        is_mine = False
         try:
+            with self._lock:
+                if self._is_answering:
+                    raise ValueError("this chat is still answering; wait for the answer, close it, or ask a fork().")
+                # Ctrl-C comes between calls: what assignments alone do is done or not, here and below.
+                self._is_answering = is_mine = True
             yield from self._answer(question)
         finally:
-            self._turn.release()
+            if is_mine:
+                self._is_answering = False
 
     def ask_many(self, questions: Sequence[str]) -> list[str]:
         """Answers to questions that know nothing of each other, nor of this conversation; many at once.
@@ -221,7 +227,7 @@ class VideoChat:
         messages = [*self.messages, _user_turn(question, is_first=not self.messages)]
         prompt = self._prompt(messages)
         tokens: list[int] = []
-        written, is_whole = "", False
+        written, whole = "", None
         try:
             with closing(self._generate(prompt)) as new_tokens:
                 for token in new_tokens:
@@ -231,12 +237,12 @@ class VideoChat:
                     if len(text) > len(written) and text.startswith(written) and not text.endswith("\ufffd"):
                         piece, written = text[len(written) :], text
                         yield piece
-            is_whole = True
+            whole = self._text(tokens)
         finally:
-            text = self._text(tokens) if is_whole else written
-            if is_whole or written:
+            text = written if whole is None else whole
+            if text or whole is not None:
                 self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        if len(text) > len(written):
+        if text != written:
             yield text[len(written) :]
 
     def _text(self, tokens: list[int]) -> str:
@@ -279,8 +285,11 @@ class VideoChat:
         prefix = self._video_cache(prompt)
         if prefix is None:
             return None
-        cache, common = self._cache, _common_length(self._cached, prompt[:-1])
-        surplus = len(self._cached) - common
+        # Whatever goes wrong from here on, the next question finds no half-filled cache.
+        cache, cached = self._cache, self._cached
+        self._cache, self._cached = None, []
+        common = _common_length(cached, prompt[:-1])
+        surplus = len(cached) - common
         # A sliding window has lost what came before it.
         if cache is None or common < len(self._prefix.ids) or (surplus and any(cache.is_sliding)):
             return deepcopy(prefix)
@@ -314,35 +323,35 @@ class VideoChat:
         """The tokens of the answer as they come; they stop when the generator is closed."""
         cache = self._cache_for(prompt)
         arguments: dict[str, Any] = {CACHE_NAME: cache} if cache is not None else {"mm_encoder_outputs": self._media}
-        # Whatever goes wrong from here on, the next question finds no half-filled cache.
-        self._cache, self._cached = None, []
         tokens: SimpleQueue[int | None] = SimpleQueue()
-        stop = Event()
+        is_wanted = True
 
         def stops(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-            return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+            return torch.full((len(input_ids),), not is_wanted, device=input_ids.device)
 
+        generation: Future | None = None
         with ThreadPoolExecutor(1) as executor:
-            generation = executor.submit(
-                self.model.generate,
-                torch.tensor([prompt], device=self.model.device),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                streamer=_TokenQueue(tokens),
-                stopping_criteria=[stops],
-                **arguments,
-            )
-            generation.add_done_callback(lambda _: tokens.put(None))
             try:
+                generation = executor.submit(
+                    self.model.generate,
+                    torch.tensor([prompt], device=self.model.device),
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    streamer=_TokenQueue(tokens),
+                    stopping_criteria=[stops],
+                    **arguments,
+                )
+                generation.add_done_callback(lambda _: tokens.put(None))
                 while (token := tokens.get()) is not None:
                     yield token
             finally:
-                stop.set()
-                sequence = generation.result()[0].tolist()  # waits, and raises what `generate` has raised
-                if cache is not None and cache.get_seq_length() == len(sequence) - 1:
-                    self._cache, self._cached = cache, sequence[:-1]
+                is_wanted = False  # also of a thread that was just starting
+                if generation is not None:
+                    sequence = generation.result()[0].tolist()  # waits, and raises what `generate` has raised
+                    if cache is not None and cache.get_seq_length() == len(sequence) - 1:
+                        self._cache, self._cached = cache, sequence[:-1]
 
     @torch.no_grad()
     def _attention_to_frames(self) -> Tensor | None:

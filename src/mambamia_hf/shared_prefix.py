@@ -77,8 +77,8 @@ def attention_implementation(language_model: nn.Module, name: str) -> Iterator[N
     model: Any = language_model
     with _switch:
         before = model.config._attn_implementation
-        model.set_attn_implementation(name)
         try:
+            model.set_attn_implementation(name)
             yield
         finally:
             model.set_attn_implementation(before)

@@ -559,9 +559,12 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
         started.wait()
 
     threads = ThreadPoolExecutor(count, "mambamia-scan")
-    for _ in range(count):
-        threads.submit(start)
-    started.wait()
-    # With OpenMP the number counts for the calling thread alone, and for threads that are new to PyTorch: put it back.
-    torch.set_num_threads(count)
+    try:
+        for _ in range(count):
+            threads.submit(start)
+        started.wait()
+    finally:
+        started.abort()  # after Ctrl-C too, no thread waits for ever
+        # With OpenMP the number counts for the calling thread alone, and for threads that are new to PyTorch.
+        torch.set_num_threads(count)
     return threads

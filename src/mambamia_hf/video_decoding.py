@@ -182,15 +182,16 @@ class VideoReader:
         handover = _Handover(batch_size)
         decode = partial(self._decode, indices, partial(_ImagesAhead, transform=transform, handover=handover))
         thread = threading.Thread(target=handover.run, args=(decode,), name="decoding ahead")
-        thread.start()
         try:
+            thread.start()
             for places, data, found in handover.batches():
                 timestamps = self.metadata.frame_timestamps[found].tolist()
                 yield places, FrameBatch(torch.from_numpy(data), found.tolist(), timestamps)
             self._conclude(handover.result())
         finally:
             handover.close()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def _wanted(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The frames to decode for those that are asked for."""

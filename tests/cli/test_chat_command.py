@@ -122,8 +122,9 @@ class Terminal:
 
     def wait_for(self, text: str) -> str:
         """What is shown up to a text, that text included."""
+        deadline = time.monotonic() + 120
         while text not in self.shown:
-            assert self._is_ready(120), self.shown
+            assert self._is_ready(deadline - time.monotonic()), self.shown
             self._read()
         before, _, self.shown = self.shown.partition(text)
         return before + text
@@ -131,17 +132,25 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
+    def wait_for_an_answer(self, question: str) -> None:
+        """Until its first piece is shown."""
+        self.wait_for(f"{question}\r\n")
+        if not self.shown:
+            assert self._is_ready(120)
+
     def interrupt_until(self, text: str) -> None:
         """Ctrl-C until a text is shown: Python overlooks one that comes just before `input` begins to wait."""
+        end = time.monotonic() + 120
         while text not in self.shown:
+            assert time.monotonic() < end, self.shown
             os.killpg(self.process.pid, signal.SIGINT)
-            deadline = time.monotonic() + 5
-            while text not in self.shown and self._is_ready(max(deadline - time.monotonic(), 0)):
+            again = time.monotonic() + 5
+            while text not in self.shown and self._is_ready(again - time.monotonic()):
                 self._read()
         self.wait_for(text)
 
     def _is_ready(self, seconds: float) -> bool:
-        return bool(select.select([self.screen], [], [], seconds)[0])
+        return bool(select.select([self.screen], [], [], max(seconds, 0))[0])
 
     def _read(self) -> None:
         self.shown += os.read(self.screen, 4096).decode(errors="replace")
@@ -152,11 +161,11 @@ def test_on_a_terminal(endless_checkpoint, video):
     terminal = Terminal("chat", video, "--model", endless_checkpoint, "--max-new-tokens", "100000")
     assert "frames are read; ask, or see /help." in terminal.wait_for("> ")
     terminal.type(f"{QUESTIONS[0]}\n")
-    terminal.wait_for(f"{QUESTIONS[0]}\r\n")
+    terminal.wait_for_an_answer(QUESTIONS[0])
     terminal.interrupt_until("(stopped)")
     terminal.wait_for("> ")
     terminal.type("\x1b[A\n")  # the last line again
-    terminal.wait_for(f"{QUESTIONS[0]}\r\n")
+    terminal.wait_for_an_answer(QUESTIONS[0])
     terminal.interrupt_until("(stopped)")
     terminal.wait_for("> ")
     terminal.interrupt_until("(Ctrl-D leaves)")
@@ -165,7 +174,7 @@ def test_on_a_terminal(endless_checkpoint, video):
     terminal.wait_for("the memory has 16 frames")
     terminal.wait_for("> ")
     terminal.type("\x04")
-    assert terminal.process.wait() == 0
+    assert terminal.process.wait(timeout=120) == 0
     os.close(terminal.screen)
 
 

@@ -75,6 +75,10 @@ class Conversation:
             except (OSError, ValueError) as error:
                 say(f"error: {error}")
                 failed = True
+            except KeyboardInterrupt:
+                if not self.is_interactive:
+                    raise
+                print(" (stopped)", flush=True)
 
     def _do(self, line: str) -> None:
         if line.startswith("/"):
@@ -94,16 +98,10 @@ class Conversation:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        """Prints the answer as it comes; Ctrl-C stops it, and what was printed counts."""
-        try:
-            with closing(self.chat.stream(question)) as pieces:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            if not self.is_interactive:
-                raise
-            print(" (stopped)", flush=True)
-            return
+        """Prints the answer as it comes; where Ctrl-C stops it, what was printed counts."""
+        with closing(self.chat.stream(question)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
         print(flush=True)
         if self.evidence:
             print(describe_evidence(self.chat.evidence()), flush=True)
