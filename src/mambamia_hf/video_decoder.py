@@ -19,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
+from .video_gaps import FrameNumbers
 from .video_mp4 import unreadable_track
 from .video_sources import VideoLimits
 from .video_times import MAX_REORDERED
@@ -166,12 +167,15 @@ class Decoder:
         self._is_damaged = False  # the last frame that came out was, and so are those that refer to it
         self._num_sent = 0
         self._place_of_pts: dict[int | None, int] = {}  # of packets whose frames did not come out yet
-        self._lost: tuple[int, int] | None = None  # between which packets one could not be decoded
+        self._lost: tuple[int, int] | None = None  # between which packets one is missing, or could not be decoded
         self._between: deque[int] = deque(maxlen=MAX_REORDERED)  # frames since the last that is no B-frame
         self.starts_with_key = True
         self.container, self.stream = open_video(path, name, limits)
         self.stream.thread_type = "AUTO"
         self.stream.thread_count = threads
+        context = self.stream.codec_context
+        is_h264 = context.name == "h264"
+        self._numbers = FrameNumbers(context.extradata, self.container.format.name) if is_h264 else None
         self._pictures = PictureMaker(self.stream, limits)
 
     def __enter__(self) -> "Decoder":
@@ -215,6 +219,8 @@ class Decoder:
         self._num_sent += 1
         if packet is not None:
             self._place_of_pts[packet.pts] = self._num_sent
+            if self._numbers is not None and self._numbers.shows_a_gap(packet):
+                self._lost = self._num_sent if self._lost is None else self._lost[0], self._num_sent
         try:
             return self.stream.codec_context.decode(packet)
         except av.FFmpegError:
@@ -260,6 +266,8 @@ class Decoder:
     def forget_damage(self) -> None:
         """Decoding starts anew at another place."""
         self._is_damaged, self._lost, self.num_errors = False, None, 0
+        if self._numbers is not None:
+            self._numbers.begin_anew()
         self._place_of_pts.clear()
         self._between.clear()
 
