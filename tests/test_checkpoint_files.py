@@ -90,6 +90,22 @@ class TestWeights:
         with pytest.warns(UserWarning, match=r"has not, and they are not used: model\.audio_tower\.weight\."):
             ask(checkpoint, checkpoint.parent / "v.mp4", "What?", max_new_tokens=1)
 
+    def test_names_without_the_prefix_of_the_base_model(self, checkpoint):
+        model = MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
+        weights = load_file(checkpoint / "model.safetensors")
+        short = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        save_file(short, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        again = MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
+        torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+    def test_base_model_alone(self, checkpoint):
+        model = MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
+        model.model.save_pretrained(checkpoint)
+        again = MambaMiaForConditionalGeneration.from_pretrained(checkpoint)
+        torch.testing.assert_close(dict(again.model.state_dict()), dict(model.model.state_dict()), rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"lacks weights of the model: lm_head\.weight"):
+            ask(checkpoint, checkpoint.parent / "v.mp4", "What?")
+
     @pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "a/../../b.safetensors", "not_there"])
     def test_index(self, checkpoint, name):
         weights = load_file(checkpoint / "model.safetensors")
