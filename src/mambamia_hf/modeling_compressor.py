@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.integrations import use_kernelized_func
+from transformers.integrations import is_deepspeed_zero3_enabled, use_kernelized_func
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -23,6 +23,7 @@ from .quantization import load_model
 from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
 from .vision_tower import does_more
+from .zero3 import largest_of_processes
 
 
 @dataclass
@@ -554,7 +555,9 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         if patch_features is None:
             return MambaMiaCompressorOutput(last_hidden_state=self.output_proj(self.norm(anchors)), anchors=anchors)
         self._check_features(patch_features, frame_mask)
-        if frame_mask is None or bool(frame_mask.all()):
+        if is_deepspeed_zero3_enabled() and frame_mask is None:
+            frame_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
+        if frame_mask is None or (bool(frame_mask.all()) and not is_deepspeed_zero3_enabled()):
             anchors, frame_deltas = self._compress(patch_features)
         else:
             anchors, frame_deltas = self._compress_masked(patch_features, frame_mask.bool())
@@ -588,7 +591,8 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         num_frames = patch_features.shape[1]
         if num_frames == 0:
             raise ValueError("The compressor got a video without frames; give it at least one frame.")
-        needs_gradient = self._needs_gradient(patch_features)
+        # With ZeRO-3 in one piece, too: the number of segments depends on the videos of a process.
+        needs_gradient = self._needs_gradient(patch_features) or is_deepspeed_zero3_enabled()
         whole = needs_gradient or torch.compiler.is_compiling()
         hidden_states = self.embed(patch_features) if whole else embed_in_segments(self, patch_features)
         for index, layer in enumerate(self.layers):
@@ -620,8 +624,10 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
     def _compress_masked(self, patch_features: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compresses videos of one length together and without their padding, which so cannot leak into a scan."""
         lengths = frame_mask.sum(dim=1)
+        different_lengths = lengths.unique().tolist()
+        (num_calls,) = largest_of_processes(len(different_lengths), device=patch_features.device)
         anchors, frame_deltas, places = [], [], []
-        for length in lengths.unique().tolist():
+        for length in different_lengths:
             videos = lengths == length
             mask = frame_mask & videos.unsqueeze(1)
             frames = patch_features[mask].unflatten(0, (int(videos.sum()), length))
@@ -629,11 +635,14 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
             anchors.append(compressed.flatten(0, 1))
             frame_deltas += [] if deltas is None else [deltas.flatten()]
             places.append(mask.flatten().nonzero().squeeze(1))
+        for _ in range(num_calls - len(different_lengths)):
+            compressed, _ = self._compress(torch.zeros_like(patch_features[:1, :1]))
+            anchors.append(compressed.flatten(0, 1))  # behind those that have a place
 
         def padded(frames: list[Tensor]) -> Tensor:
-            found = torch.cat(frames)
+            found, indices = torch.cat(frames), torch.cat(places)
             empty = found.new_zeros(frame_mask.numel(), *found.shape[1:])
-            return empty.index_put((torch.cat(places),), found).unflatten(0, frame_mask.shape)
+            return empty.index_put((indices,), found[: len(indices)]).unflatten(0, frame_mask.shape)
 
         return padded(anchors), padded(frame_deltas) if frame_deltas else None
 

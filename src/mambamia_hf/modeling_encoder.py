@@ -26,6 +26,7 @@ from .quantization import load_model
 from .versions import CACHE_NAME
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
 from .vision_tower import tower_until
+from .zero3 import largest_of_processes
 
 
 if TYPE_CHECKING:
@@ -197,7 +198,9 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
         features: list[Tensor] = []
         hidden_states: list[tuple[Tensor, ...] | None] = []
         attentions: list[tuple[Tensor, ...] | None] = []
-        for batch in frames.split(batch_size):
+        batches = frames.split(batch_size)
+        (num_calls,) = largest_of_processes(len(batches), device=tower.device)
+        for batch in batches + (num_calls - len(batches)) * (torch.zeros_like(frames[:1]),):
             if tower.device.type != "meta":  # the hooks of an offloaded tower move the frames
                 batch = batch.to(tower.device)
             pixel_values, shape = self._tower_inputs(batch.to(tower.dtype))
@@ -216,9 +219,9 @@ class MambaMiaEncoderBase(MambaMiaPreTrainedModel):
             hidden_states.append(outputs.hidden_states if output_hidden_states else None)
             attentions.append(outputs.get("attentions"))
         return MambaMiaPatchFeaturesOutput(
-            last_hidden_state=torch.cat(features),
-            hidden_states=_cat_layers(hidden_states),
-            attentions=_cat_layers(attentions),
+            last_hidden_state=torch.cat(features)[: len(frames)],
+            hidden_states=_cat_layers(hidden_states[: len(batches)]),
+            attentions=_cat_layers(attentions[: len(batches)]),
         )
 
     def _tower_inputs(self, frames: Tensor) -> tuple[Tensor, dict[str, Any]]:

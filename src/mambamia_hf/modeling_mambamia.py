@@ -59,6 +59,7 @@ from .tokenization_mambamia import load_tokenizer
 from .versions import CACHE_NAME, take_cache
 from .video_memory import VideoMemory
 from .video_stream import VideoStream
+from .zero3 import largest_of_processes
 
 
 if TYPE_CHECKING:
@@ -446,12 +447,29 @@ class MambaMiaModel(MambaMiaEncoderBase):
         keep = tokens_to_keep(video_places, videos.keep_mask, videos.frame_mask, num_tokens)
         return None if keep.all() else kept_indices(keep, attention_mask)
 
-    def _zero_of_compressor(self) -> Tensor:
-        """Zero, with a gradient of zero for the compressor: processes that train together need a gradient from each,
-        also from one with a batch of text alone."""
-        config = self.config.compressor_config
-        anchors, _ = self.compress(torch.zeros(1, 1, config.patches_per_anchor, config.input_size))
-        return 0.0 * self.project(anchors[0]).sum()
+    def _zero_of_encoder(self, num_passes: int, *pixels: Tensor | None) -> Tensor | None:
+        """Zero, with a gradient of zero, of passes on nothing through the encoder; None where no pass is missing.
+
+        Processes that train together need a gradient of the compressor from each, also from one with a batch of text
+        alone, and with ZeRO-3 as many passes as the one that encodes most: its images, its videos.
+
+        Args:
+            num_passes: how many this process makes.
+            pixels: those of its images and videos, None for features.
+        """
+        learns = self.training and torch.is_grad_enabled()
+        sizes = [(0, 0), *(frames.shape[-2:] for frames in pixels if frames is not None)]
+        counts = (max(num_passes, int(learns)), *map(max, zip(*sizes, strict=True)))
+        needed_passes, height, width = largest_of_processes(*counts, device=self.device)
+        config, zeros = self.config.compressor_config, []
+        for _ in range(needed_passes - num_passes):
+            features = torch.zeros(1, config.patches_per_anchor, config.input_size)
+            if height:  # others have pixels
+                frame = torch.zeros(1, self.config.vision_config.num_channels, height, width)
+                features = self.encode_frames(frame).last_hidden_state
+            anchors, _ = self.compress(features[None])
+            zeros.append(0.0 * self.project(anchors[0]).sum())
+        return torch.stack(zeros).sum() if zeros else None
 
     @can_return_tuple
     def forward(
@@ -508,11 +526,11 @@ class MambaMiaModel(MambaMiaEncoderBase):
         past_length = cached_length(cache)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             attention_mask = _cut_mask(cache, attention_mask, past_length + length)
-        media = (pixel_values, patch_features, pixel_values_videos, patch_features_videos, video_memories)
-        zero = None
-        if self.training and torch.is_grad_enabled() and not mm_encoder_outputs and all(x is None for x in media):
-            # Before the tokens are embedded, as media are: gradients of all processes come in one order.
-            zero = self._zero_of_compressor()
+        images, videos = (pixel_values, patch_features), (pixel_values_videos, patch_features_videos, video_memories)
+        media = (images, videos, (mm_encoder_outputs or None,))
+        num_passes = sum(any(given is not None for given in modality) for modality in media)
+        # Before the tokens are embedded, as media are: gradients of all processes come in one order.
+        zero = self._zero_of_encoder(num_passes, pixel_values, pixel_values_videos)
         embedded = self.embed_multimodal(
             input_ids,
             inputs_embeds,

@@ -1,7 +1,9 @@
 """Two CPU processes over gloo, started by `accelerate launch` with the configs that come along, train as one does."""
 
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from conversations import arguments, record
+from PIL import Image
 from tiny_model import tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 from video_files import write_video
 
 from mambamia_hf.frame_times import time_token_ids
+from mambamia_hf.training import features
 from mambamia_hf.training.__main__ import main
 
 
@@ -27,7 +31,7 @@ FSDP_ON_CPU = pytest.mark.skipif(
 )
 DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 # Programs that stand between accelerate and the training, which want GPUs without them.
-ON_CPU = {"fsdp2": "fsdp_on_cpu.py", "zero2": "deepspeed_on_cpu.py"}
+ON_CPU = {"fsdp2": "fsdp_on_cpu.py", "zero2": "deepspeed_on_cpu.py", "zero3": "deepspeed_on_cpu.py"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def command_line(folder: Path, output: Path, batch_size: int, config: str | None
         "disable_tqdm": True,
     }
     # Asked for CPUs, accelerate leaves DeepSpeed out.
-    where = {"ddp_backend": "gloo"} if config == "zero2" else {"use_cpu": True}
+    where = {"ddp_backend": "gloo"} if ON_CPU.get(config) == "deepspeed_on_cpu.py" else {"use_cpu": True}
     return arguments(**settings, **where)
 
 
@@ -113,13 +117,12 @@ def train_with_two_processes(config: str, arguments: list[str]) -> str:
     return result.stdout
 
 
-def launch_two_processes(config: str, arguments: list[str], *settings: str) -> subprocess.CompletedProcess:
-    """Runs accelerate with a config and further settings of its own."""
+def launch_two_processes(config: str, arguments: list[str]) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    command += ["--config_file", CONFIGS / f"{config}.yaml", *settings]
+    command += ["--config_file", CONFIGS / f"{config}.yaml"]
     command += [HELPERS / ON_CPU[config]] if config in ON_CPU else ["-m"]
     command += ["mambamia_hf.training", *arguments]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
@@ -128,7 +131,13 @@ def launch_two_processes(config: str, arguments: list[str], *settings: str) -> s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", ["ddp", pytest.param("fsdp2", marks=FSDP_ON_CPU), pytest.param("zero2", marks=DEEPSPEED)]
+    "config",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=FSDP_ON_CPU),
+        pytest.param("zero2", marks=DEEPSPEED),
+        pytest.param("zero3", marks=DEEPSPEED),
+    ],
 )
 def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     printed = train_with_two_processes(config, command_line(folder, tmp_path, 2, config))
@@ -156,9 +165,63 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path), abs=1e-4)
 
 
+@pytest.fixture
+def mixed(folder, tmp_path) -> Path:
+    """A model that drops half of the frames in evaluations, and records: in a step, a process has images and the other
+    videos of two lengths; or both and nothing."""
+    config = json.loads((folder / "model" / "config.json").read_text()) | {"keep_ratio": 0.5, "delta_threshold": None}
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    images = [record(f"image{n}", "<image>\nWhat?", "C " + "d" * 3 * n, image=f"{n}.png") for n in range(3)]
+    for number in range(3):
+        Image.new("RGB", (64, 48), (80 * number, 100, 50)).save(folder / f"{number}.png")
+    videos = [record(f"video{n}", "<video>\nWhat?", "A " + "b" * 3 * n, video=f"{n}.mp4") for n in range(3)]
+    texts = [record(f"text{n}", "Hello " * n, "Hi" * n) for n in range(1, 5)]
+    records = [*images[:2], *videos[1:], images[0], videos[0], *texts[:2], *texts, *videos[:2], *images[1:]]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def mixed_command_line(
+    folder: Path, mixed: Path, output: str, batch_size: int, config: str | None = None
+) -> list[str]:
+    settings = {"model": mixed / "model", "data": mixed / "data.json", "eval_data": mixed / "data.json"}
+    return command_line(folder, mixed / output, batch_size, config) + arguments(**settings)
+
+
 @pytest.mark.slow
 @DEEPSPEED
-def test_zero_3_is_refused(folder, tmp_path):
-    result = launch_two_processes("zero2", command_line(folder, tmp_path, 2, "zero2"), "--zero_stage", "3")
+def test_with_zero_3_processes_have_different_media(folder, mixed):
+    main(mixed_command_line(folder, mixed, "one", 4))
+    train_with_two_processes("zero3", mixed_command_line(folder, mixed, "two", 2, "zero3"))
+    assert len(set(losses(mixed / "one"))) == STEPS
+    assert losses(mixed / "two") == pytest.approx(losses(mixed / "one"), abs=1e-4)
+    for one, two in zip(evaluations(mixed / "one"), evaluations(mixed / "two"), strict=True):
+        assert two == pytest.approx(one, abs=1e-4) and two["eval_samples"] == 16
+
+
+@pytest.mark.slow
+@DEEPSPEED
+def test_with_zero_3_frames_are_dropped_at_random_and_features_replace_pixels(folder, mixed):
+    paths = {"model": mixed / "model", "data": mixed / "data.json", "media_folder": folder}
+    features.main(arguments(**paths, output=mixed / "features", num_workers=0))
+    config = json.loads((mixed / "model" / "config.json").read_text()) | {"frame_dropout": 0.8}
+    (mixed / "model" / "config.json").write_text(json.dumps(config))
+    command = mixed_command_line(folder, mixed, "two", 2, "zero3")
+    train_with_two_processes("zero3", [*command, "--features", str(mixed / "features")])
+    assert len(losses(mixed / "two")) == STEPS and all(map(math.isfinite, losses(mixed / "two")))
+
+
+@pytest.mark.slow
+@DEEPSPEED
+@pytest.mark.parametrize("setting", ["lora_rank", "delta_loss_coef"])
+def test_with_zero_3_is_refused(mixed, folder, setting):
+    command = mixed_command_line(folder, mixed, "two", 2, "zero3")
+    if setting == "lora_rank":
+        command += ["--lora_rank", "4"]
+    else:
+        config = json.loads((mixed / "model" / "config.json").read_text()) | {"delta_loss_coef": 0.5}
+        (mixed / "model" / "config.json").write_text(json.dumps(config))
+    result = launch_two_processes("zero3", command)
     assert result.returncode != 0
-    assert "use examples/train/fsdp2.yaml" in result.stderr
+    assert f"{setting}=" in result.stderr and "does not go with DeepSpeed's ZeRO-3" in result.stderr

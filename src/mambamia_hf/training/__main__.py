@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 
-from .arguments import StageArguments, parse_arguments
+from .arguments import StageArguments, parse_arguments, with_zero3
 from .checkpoints import checkpoint_to_resume
 from .collator import ConversationCollator, reported_samples
 from .data import open_dataset
@@ -74,6 +74,12 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
     processor = AutoProcessor.from_pretrained(stage.model)
     model: Any = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
     model.config.compressor_config.length_scale = stage.length_scale
+    if model.config.delta_loss_coef and with_zero3(training):
+        raise ValueError(
+            f"delta_loss_coef={model.config.delta_loss_coef} of '{stage.model}' does not go with DeepSpeed's ZeRO-3, "
+            f"which wants one order of gradients from all processes, and only videos have that of Δ; use "
+            f"examples/train/fsdp2.yaml, or set it to 0."
+        )
     reader = MediaReader(processor, stage.media_folder, stage.num_frames, stage.fps)
     media = reader if stage.features is None else VisionFeatures(stage.features, reader.settings(model))
     dataset = open_dataset(stage.data, stage.streaming, stage.media_folder, training.seed)

@@ -86,6 +86,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[StageArgume
     return stage, training
 
 
+def with_zero3(training: TrainingArguments) -> bool:
+    """Whether DeepSpeed splits the weights."""
+    return training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
+
+
 def _yaml_arguments(file: Path) -> list[str]:
     """The settings of a YAML file as a command line, so that both are checked and converted alike."""
     arguments = []
@@ -106,11 +111,10 @@ def _check(stage: StageArguments, training: TrainingArguments) -> None:
     if not stage.length_scale >= 1:
         raise ValueError(f"length_scale must be at least 1, not {stage.length_scale}; 1 leaves videos as they are.")
     _check_evaluation(stage, training)
-    if training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3:
+    if stage.lora_rank and with_zero3(training):
         raise ValueError(
-            "DeepSpeed's ZeRO-3 wants all processes to call the same modules, and how often vision tower and "
-            "compressor are called depends on the videos of a process; use examples/train/fsdp2.yaml, which splits "
-            "the weights as well, or zero2.yaml."
+            f"lora_rank={stage.lora_rank} does not go with DeepSpeed's ZeRO-3, from whose split weights an adapter "
+            f"cannot start everywhere; use examples/train/ddp.yaml, or leave lora_rank out."
         )
     if training.label_smoothing_factor:
         raise ValueError(
@@ -133,4 +137,4 @@ def _check_evaluation(stage: StageArguments, training: TrainingArguments) -> Non
         )
 
 
-__all__ = ["StageArguments", "parse_arguments"]
+__all__ = ["StageArguments", "parse_arguments", "with_zero3"]

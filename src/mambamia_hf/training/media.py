@@ -5,13 +5,16 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.image_utils import load_image
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..inputs import frame_files
 from ..modeling_mambamia import MambaMiaForConditionalGeneration
@@ -116,12 +119,13 @@ class MediaReader:
         Returns:
             Settings by name, as JSON would give them back.
         """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
-            digest.update(name.encode())  # in bfloat16, so that the type it was loaded in does not matter
-            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        digest, tower = hashlib.sha256(), model.model.vision_tower
+        with _whole_weights(tower):
+            for name, tensor in sorted(tower.state_dict().items()):
+                digest.update(name.encode())  # in bfloat16, so that the type it was loaded in does not matter
+                digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
         settings = {
-            "vision_tower": f"{model.model.vision_tower.config.model_type} {digest.hexdigest()[:16]}",
+            "vision_tower": f"{tower.config.model_type} {digest.hexdigest()[:16]}",
             "vision_feature_layer": model.config.vision_layer(model.config.vision_feature_layer),
         }
         for kind, processor in (("image", self.image_processor), ("video", self.video_processor)):
@@ -130,6 +134,18 @@ class MediaReader:
         if self._needs_times:
             settings[TIMES] = True
         return json.loads(json.dumps(settings))
+
+
+@contextmanager
+def _whole_weights(module: nn.Module) -> Iterator[None]:
+    """Within it, each process has the whole weights of a module, which DeepSpeed's ZeRO-3 splits."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
 
 
 def times_name(path: str) -> str:
