@@ -1,4 +1,4 @@
-"""Short runs of `python -m mambamia_hf.training` within this process."""
+"""Short runs of `python -m mambamia_hf.training`."""
 
 from pathlib import Path
 
@@ -11,8 +11,15 @@ from mambamia_hf.training.__main__ import main
 from mambamia_hf.training.stages import part_of
 
 
-def run(folder: Path, output: Path, stage: str = "video", data: str | Path = "data.json", **settings) -> Trainer:
-    """Trains on what the fixture `training_folder` has made, for 4 steps of 3 samples or as `settings` say."""
+def run(folder: Path, output: Path, *args, **settings) -> Trainer:
+    """Trains within this process; see `command_line`."""
+    return main(command_line(folder, output, *args, **settings))
+
+
+def command_line(
+    folder: Path, output: Path, stage: str = "video", data: str | Path = "data.json", **settings
+) -> list[str]:
+    """To train on what the fixture `training_folder` has made, for 4 steps of 3 samples or as `settings` say."""
     settings = {
         "stage": stage,
         "model": folder / "model",
@@ -29,7 +36,7 @@ def run(folder: Path, output: Path, stage: str = "video", data: str | Path = "da
         "disable_tqdm": True,
         **settings,
     }
-    return main(arguments(**settings))
+    return arguments(**settings)
 
 
 def losses(trainer: Trainer) -> list[float]:
