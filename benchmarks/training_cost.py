@@ -113,9 +113,11 @@ class Sharding(NamedTuple):
 
 # FSDP2: float32 weights, gradients and two moments, split; what is outside the layers is gathered in bfloat16, weights
 # and gradients. ZeRO-2: bfloat16 weights, which are whole; their gradients, float32 weights and two moments are split.
+# ZeRO-3 splits the bfloat16 weights as well. What it and FSDP2 gather for a single layer is left out.
 SHARDINGS = (
     Sharding("DDP", 16, 4, 0, 0),
     Sharding("ZeRO-2", 14 / GPUS, 0, 2, 2),
+    Sharding("ZeRO-3", 16 / GPUS, 2 / GPUS, 0, 0),
     Sharding("FSDP2", 16 / GPUS, 4 / GPUS, 0, 4),
 )
 
