@@ -1,6 +1,7 @@
 """The model: dropped frames are really dropped, and everything else is as in any model of Transformers."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -773,6 +774,13 @@ def test_features_and_pixels_exclude_each_other(model, video):
         model.get_video_features(patch_features_videos=images)
     with pytest.raises(ValueError, match="features are 7 wide and input_size is 24"):
         model.get_video_features(patch_features_videos=torch.zeros(1, 2, 16, 7))
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "pixel_values_videos"])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 32), (1, 2, 3, 1, 32, 32)])
+def test_shapes_of_pixels_are_checked(model, name, shape):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, not {re.escape(str(shape))};"):
+        model(PROMPT, **{name: torch.zeros(shape)})
 
 
 # Training

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -457,10 +458,11 @@ class MambaMiaModel(MambaMiaEncoderBase):
             num_passes: how many this process makes.
             pixels: those of its images and videos, None for features.
         """
-        learns = self.training and torch.is_grad_enabled()
-        sizes = [(0, 0), *(frames.shape[-2:] for frames in pixels if frames is not None)]
-        counts = (max(num_passes, int(learns)), *map(max, zip(*sizes, strict=True)))
-        needed_passes, height, width = largest_of_processes(*counts, device=self.device)
+        needed_passes, height, width = max(num_passes, int(self.training and torch.is_grad_enabled())), 0, 0
+        if is_deepspeed_zero3_enabled():
+            sizes = [(0, 0), *(frames.shape[-2:] for frames in pixels if frames is not None)]
+            height, width = map(max, zip(*sizes, strict=True))
+            needed_passes, height, width = largest_of_processes(needed_passes, height, width, device=self.device)
         config, zeros = self.config.compressor_config, []
         for _ in range(needed_passes - num_passes):
             features = torch.zeros(1, config.patches_per_anchor, config.input_size)
