@@ -64,7 +64,7 @@ class FrameNumbers:
             self._read_parameters(bytes(packet.get_sidedata("new_extradata")))
         current = self._first_slice(bytes(packet))
         last, self._last = self._last, current if current is None or current.is_reference else self._last
-        if current is None or last is None or current.is_first_of_all:
+        if current is None or last is None or current.is_idr:
             return False
         if packet.is_keyframe and current.is_intra:
             return False
@@ -129,7 +129,7 @@ class FrameNumbers:
             number=bits.number(sequence.bits_of_number),
             kind=kind,
             is_reference=unit[0] & 0x60 > 0,
-            is_first_of_all=unit[0] & 0x1F == _SLICE_OF_IDR,
+            is_idr=unit[0] & 0x1F == _SLICE_OF_IDR,
             sequence=sequence,
             picture=picture,
             rest=bits,
@@ -168,7 +168,7 @@ class _Slice:
     number: int
     kind: int
     is_reference: bool
-    is_first_of_all: bool
+    is_idr: bool
     sequence: _Sequence
     picture: _Picture
     rest: "_Bits"
