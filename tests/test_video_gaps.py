@@ -75,7 +75,9 @@ def test_frames_after_a_lost_one_are_named(tmp_path, suffix):
     if suffix in ("mp4", "flv") and not TELLS_OF_NEW_PARAMETERS:
         pytest.skip("this PyAV does not tell of new parameters")
     path = write_without(tmp_path / f"v.{suffix}", {13})
-    with pytest.warns(UserWarning, match=r"of the sampled frames, 15 \(\d\.\d s\), 18 \(\d\.\d s\) may show wrong"):
+    # Where packets have no times, what is still in a thread of FFmpeg counts as coming after the gap.
+    named = r"of the sampled frames, (12 \(1\.2 s\), )?15 \(\d\.\d s\), 18 \(\d\.\d s\) may show wrong"
+    with pytest.warns(UserWarning, match=named):
         decode_video(path, lambda metadata: np.array([5, 12, 15, 18, 19, 25]))
 
 
