@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
+from fake_hub import serving_hub
 from needle.video import write_needle_video
+from original_checkpoint import Original
 from tiny_model import tiny_checkpoint
 from transformers import AutoModel, AutoProcessor, AutoVideoProcessor
+from video_files import write_video
 
 from mambamia_hf import (
     MambaMiaCompressor,
@@ -152,3 +155,33 @@ def test_memories_and_streams_of_the_code_that_a_checkpoint_carries(tmp_path):
     stream = model.eval().stream(processor, keep_frames=3)
     stream.push(frames, list(range(7)))
     assert seen == {"answer": stream.ask("What appears?", max_new_tokens=4), "kept": stream.kept_frames}
+
+
+LOAD_EACH = """
+import mambamia_hf
+
+for kind in ("ForConditionalGeneration", "Model", "Compressor", "Processor", "Config"):
+    try:
+        getattr(mambamia_hf, f"MambaMia{kind}").from_pretrained("lab/video")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_hub_name_in_the_layout_of_the_authors_is_told_of_the_converter(tmp_path):
+    original, video = Original().write(tmp_path / "original"), write_video(tmp_path / "video.mp4", num_frames=2)
+    refusal = (
+        "lab/video is a checkpoint in the layout of the authors' code (model_type='llava_qwen'); convert it first: "
+        "python -m mambamia_hf.convert SRC DST"
+    )
+    with serving_hub() as hub:
+        files = [path for path in original.rglob("*") if path.is_file()]
+        hub.repositories["lab/video"] = {path.relative_to(original).as_posix(): path.read_bytes() for path in files}
+        environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+        environment["HF_HUB_OFFLINE"] = "0"
+        command = [sys.executable, "-c", LOAD_EACH]
+        loaded = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "mambamia_hf", "ask", str(video), "What?", "--model", "lab/video"]
+        asked = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert loaded.stdout == 5 * f"{refusal}.\n", loaded.stderr
+    assert asked.returncode == 2 and refusal in asked.stderr and asked.stderr.count("\n") == 1
