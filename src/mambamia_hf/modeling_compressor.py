@@ -555,7 +555,7 @@ class MambaMiaCompressor(MambaMiaCompressorPreTrainedModel):
         if patch_features is None:
             return MambaMiaCompressorOutput(last_hidden_state=self.output_proj(self.norm(anchors)), anchors=anchors)
         self._check_features(patch_features, frame_mask)
-        if is_deepspeed_zero3_enabled() and frame_mask is None:
+        if is_deepspeed_zero3_enabled() and frame_mask is None:  # length by length, as processes with padding do
             frame_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
         if frame_mask is None or (bool(frame_mask.all()) and not is_deepspeed_zero3_enabled()):
             anchors, frame_deltas = self._compress(patch_features)
