@@ -220,15 +220,18 @@ class Decoder:
         if packet is not None:
             self._place_of_pts[packet.pts] = self._num_sent
             if self._numbers is not None and self._numbers.shows_a_gap(packet):
-                self._lost = self._num_sent if self._lost is None else self._lost[0], self._num_sent
+                self._lose(self._num_sent)
         try:
             return self.stream.codec_context.decode(packet)
         except av.FFmpegError:
             self.num_errors += 1
             # An error is told when threads are done with the packet, before the frames of packets before it come out.
-            first = self._num_sent - self._num_threads if self._lost is None else self._lost[0]
-            self._lost = first, self._num_sent
+            self._lose(self._num_sent - self._num_threads)
             return []
+
+    def _lose(self, first: int) -> None:
+        """A packet from `first` to the last that was sent is missing, or could not be decoded."""
+        self._lost = first if self._lost is None else self._lost[0], self._num_sent
 
     def numbered(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Numbers frames in the order of the decoder, and notes which are damaged."""
