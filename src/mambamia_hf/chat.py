@@ -86,10 +86,14 @@ class VideoChat:
     ):
         self.model, self.processor = model, processor
         self.max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or MAX_NEW_TOKENS
-        self.messages: list[dict[str, Any]] = []
         memory: Any = video if is_video_memory(video) else _open(model, processor, video)
         features = select_features(model, processor, memory, keep_frames, keep_ratio, delta_threshold)
         self._prefix = _VideoPrefix(memory, features)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begins a conversation about the video."""
+        self.messages: list[dict[str, Any]] = []
         self._cache: Cache | None = None  # of `_cached`, the tokens of the conversation so far
         self._cached: list[int] = []
         self._lock, self._is_answering = Lock(), False
@@ -120,9 +124,8 @@ class VideoChat:
         other = VideoChat.__new__(VideoChat)
         other.model, other.processor = self.model, self.processor
         other.max_new_tokens = max_new_tokens or self.max_new_tokens
-        other._prefix, other.messages = self._prefix, []
-        other._cache, other._cached = None, []
-        other._lock, other._is_answering = Lock(), False
+        other._prefix = self._prefix
+        other._begin()
         return other
 
     def with_selection(
