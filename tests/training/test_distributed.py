@@ -165,13 +165,18 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path), abs=1e-4)
 
 
+def change_settings(model: Path, **settings) -> None:
+    """Of a saved model."""
+    config = json.loads((model / "config.json").read_text()) | settings
+    (model / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def mixed(folder, tmp_path) -> Path:
     """A model that drops half of the frames in evaluations, and records: in a step, a process has images and the other
     videos of two lengths; or both and nothing."""
-    config = json.loads((folder / "model" / "config.json").read_text()) | {"keep_ratio": 0.5, "delta_threshold": None}
-    shutil.copytree(folder / "model", tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    change_settings(model, keep_ratio=0.5, delta_threshold=None)
     images = [record(f"image{n}", "<image>\nWhat?", "C " + "d" * 3 * n, image=f"{n}.png") for n in range(3)]
     for number in range(3):
         Image.new("RGB", (64, 48), (80 * number, 100, 50)).save(folder / f"{number}.png")
@@ -205,8 +210,7 @@ def test_with_zero_3_processes_have_different_media(folder, mixed):
 def test_with_zero_3_frames_are_dropped_at_random_and_features_replace_pixels(folder, mixed):
     paths = {"model": mixed / "model", "data": mixed / "data.json", "media_folder": folder}
     features.main(arguments(**paths, output=mixed / "features", num_workers=0))
-    config = json.loads((mixed / "model" / "config.json").read_text()) | {"frame_dropout": 0.8}
-    (mixed / "model" / "config.json").write_text(json.dumps(config))
+    change_settings(mixed / "model", frame_dropout=0.8)
     command = mixed_command_line(folder, mixed, "two", 2, "zero3")
     train_with_two_processes("zero3", [*command, "--features", str(mixed / "features")])
     assert len(losses(mixed / "two")) == STEPS and all(map(math.isfinite, losses(mixed / "two")))
@@ -220,8 +224,7 @@ def test_with_zero_3_is_refused(mixed, folder, setting):
     if setting == "lora_rank":
         command += ["--lora_rank", "4"]
     else:
-        config = json.loads((mixed / "model" / "config.json").read_text()) | {"delta_loss_coef": 0.5}
-        (mixed / "model" / "config.json").write_text(json.dumps(config))
+        change_settings(mixed / "model", delta_loss_coef=0.5)
     result = launch_two_processes("zero3", command)
     assert result.returncode != 0
     assert f"{setting}=" in result.stderr and "does not go with DeepSpeed's ZeRO-3" in result.stderr
