@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from compressor import FULL_SIZE, spatial_block
@@ -19,9 +18,7 @@ from measure import report
 from scan import inputs, ours
 
 from mambamia_hf import MambaMiaCompressorConfig
-
-
-VIDEO = Path(__file__).parents[1] / "src" / "mambamia_hf" / "demo" / "needle.mp4"
+from mambamia_hf.cli.demo import VIDEO
 
 
 @contextmanager
