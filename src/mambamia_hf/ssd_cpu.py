@@ -354,15 +354,14 @@ def _scan_steep(
     """
     dtype, fixed, delta = x.dtype, L.detach(), delta.unsqueeze(-1)
 
-    # The states before all chunks and after the last, each a sum over what earlier chunks and the state before wrote.
+    # The states before all chunks and after the last, from chunk to chunk.
     last = fixed[:, :, :, -1:]
     added = B.mT @ _rows(x * (delta * _decay(last - fixed).to(dtype).unsqueeze(-1)), 1)
-    sources = torch.cat([state.unsqueeze(0), added.view(len(x), *state.shape)])
-    total = nn.functional.pad(last.squeeze(3), (0, 0) * 3 + (1, 0)).cumsum(dim=0)
-    later = torch.ones(len(total), len(total), dtype=torch.bool, device=x.device).triu(1)
-    between = (total.unsqueeze(1) - total).masked_fill(later.view(*later.shape, 1, 1, 1), -math.inf)
-    states = torch.einsum("zcbge,cbgnep->zbgnep", _decay(between).to(dtype), sources)
-    y = (C @ _rows(states[:-1], 1)).view(x.shape) * _decay(L).to(dtype).unsqueeze(-1)
+    states = []
+    for added_, decay in zip(added.view(len(x), *state.shape), _decay(last).to(dtype).unsqueeze(-1), strict=True):
+        states.append(state)
+        state = torch.addcmul(added_, state, decay)
+    y = (C @ _rows(torch.stack(states), 1)).view(x.shape) * _decay(L).to(dtype).unsqueeze(-1)
 
     # What tokens of a chunk read of each other: the second of two parts the first, until parts may read themselves.
     size = L.shape[3]
@@ -376,7 +375,7 @@ def _scan_steep(
         parts = part.writers(fixed)
         middle = (parts[..., :1, :] + parts[..., -1:, :]) / 2
         y = part.read(y, x, delta, T, part.readers(L) - middle, middle - parts)
-    return y, states[-1]
+    return y, state
 
 
 class _Gradients(NamedTuple):
