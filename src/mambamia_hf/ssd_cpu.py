@@ -7,10 +7,10 @@ T = tril(C Bᵀ, -1), which all heads of a group share, a chunk takes three matr
     y = u ⊙ ([T | C] @ [v ⊙ x ; 2^m S]) + (D + Δ C·B) ⊙ x        S <- 2^(L_last - m) (2^m S + Bᵀ @ (v ⊙ x))
 
 No array has an entry per head and pair of tokens. u and v stay in the range of the numbers while L spans at most
-`_MAX_BITS` in a chunk. Heads where it spans more are *steep*. They are computed apart, through boundaries: a state is
-read through the start of a chunk; what the first half of a chunk wrote is read in the second half through the token
-between them; then the same in each half, until L spans few enough bits in what is left. Decays up to a boundary and
-from it on are at most 1, so that this is exact however steep a head is.
+`_MAX_BITS` in a chunk. Heads where it spans more are *steep*, the others *gentle*. Steep heads are computed apart,
+through boundaries: a state is read through the start of a chunk; what the first half of a chunk wrote is read in the
+second half through the token between them; then the same in each half, until L spans few enough bits in what is left.
+Decays up to a boundary and from it on are at most 1, so that this is exact however steep a head is.
 
 Everything is computed in float32, or float64 for float64 inputs. Products in bfloat16 would not pay: PyTorch rounds
 their sums to bfloat16, which makes the error of y half as large again as that of the official kernels, and what they
@@ -22,7 +22,7 @@ tokens of a chunk. Groups and rows of the batch share no product; in products, r
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
@@ -228,7 +228,7 @@ class _Segment(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """The share of a segment, with the decays in it."""
+    """The share of a segment, or some of its heads."""
 
     x: Tensor  # c b g q e p
     delta: Tensor  # c b g q e
@@ -239,11 +239,6 @@ class _Chunks(NamedTuple):
     CB: Tensor  # c b g q 1, the diagonal that T leaves out
     D: Tensor  # c b g q e 1, with Δ C·B: all that a token reads of itself
     L: Tensor  # c b g q e
-    u: Tensor  # c b g q e 1, zero in steep heads
-    v: Tensor  # c b g q e 1, without Δ, zero in steep heads
-    enter: Tensor  # b g 1 e 1, the factor 2^m on the state before the segment
-    leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next chunk
-    steep: Sequence[Tensor]  # indices of the steep heads, a few of similar steepness at a time
 
     @classmethod
     def of(
@@ -256,19 +251,36 @@ class _Chunks(NamedTuple):
         scores = C @ B.mT
         CB = scores.diagonal(dim1=2, dim2=3).clone().view(*delta.shape[:4], 1)
         D = torch.addcmul(D.unsqueeze(1), delta, CB).unsqueeze(-1)
+        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, _log_decay(delta, A))
 
-        L = _log_decay(delta, A)
+    def of_some(self, heads: Tensor) -> "_Chunks":
+        x, delta, D, L = (tensor.index_select(4, heads) for tensor in (self.x, self.delta, self.D, self.L))
+        return self._replace(x=x, delta=delta, A=self.A.index_select(1, heads), D=D, L=L)
+
+    def by_steepness(self) -> list[tuple[bool, Tensor]]:
+        """Whether some heads are steep, and their indices: all gentle ones, then steep ones of similar steepness."""
+        spans, order = _span(self.L).amax(dim=(0, 1, 2)).sort()
+        gentle, steep = order.tensor_split([int((spans <= _MAX_BITS).sum())])
+        parts = [(False, gentle.sort().values), *((True, heads) for heads in steep.split(_STEEP_HEADS))]
+        return [(is_steep, heads) for is_steep, heads in parts if len(heads)]
+
+
+class _Factors(NamedTuple):
+    """The decays in the chunks of gentle heads, as products."""
+
+    u: Tensor  # c b g q e 1
+    v: Tensor  # c b g q e 1, without Δ
+    enter: Tensor  # b g 1 e 1, the factor 2^m on the state before the segment
+    leave: Tensor  # c b g 1 e 1, the factor on the state after each chunk, with 2^m of the next chunk
+
+    @classmethod
+    def of(cls, L: Tensor, dtype: torch.dtype) -> "_Factors":
         first, last = L[:, :, :, :1], L[:, :, :, -1:]
-        middle, spans = (first + last) / 2, _span(L).amax(dim=(0, 1, 2))
-        factors = [(L - middle).exp2(), (middle - L).exp2(), _decay(middle), (last - middle).exp2()]
-        gentle = spans <= _MAX_BITS
-        order = spans.argsort()[int(gentle.sum()) :]
-        steep = order.split(_STEEP_HEADS) if len(order) else ()
-        if steep:
-            factors = [factor.masked_fill_(~gentle, 0) for factor in factors]
+        middle = (first + last) / 2
+        factors = (L - middle).exp2_(), (middle - L).exp2_(), _decay(middle), (last - middle).exp2_()
         u, v, enter, leave = (factor.to(dtype).unsqueeze(-1) for factor in factors)
         leave[:-1] *= enter[1:]
-        return cls(x, delta, A, B, C, scores.tril_(-1), CB, D, L, u, v, enter[0], leave, steep)
+        return cls(u, v, enter[0], leave)
 
 
 class _Part(NamedTuple):
@@ -322,33 +334,50 @@ def _rows(tensor: Tensor, dim: int = 0) -> Tensor:
 
 def _scan_segment(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
     """Writes y `(c, b, g, q, e, p)` and takes the state `(b, g, n, e, p)` to the end of the segment."""
+    parts = chunks.by_steepness()
+    for is_steep, heads in parts:
+        scan = _scan_steep if is_steep else _scan_gentle
+        if len(parts) == 1:
+            return scan(chunks, state, y)
+        some, state_ = chunks.of_some(heads), state.index_select(3, heads)
+        y_ = torch.empty_like(some.x)
+        scan(some, state_, y_)
+        state.index_copy_(3, heads, state_)
+        y.index_copy_(4, heads, y_)
+
+
+def _scan_gentle(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
+    """`_scan_segment` of gentle heads."""
     size, (batch, groups, state_size, heads, head_dim) = y.shape[3], state.shape
+    factors = _Factors.of(chunks.L, state.dtype)
     sources = state.new_empty(batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :size], sources[:, :, size:]
     read = state.new_empty(batch, groups, size, heads, head_dim)
     sources_, written_, entered_, read_ = (_rows(tensor) for tensor in (sources, written, entered, read))
-    weights, v = torch.cat([chunks.T, chunks.C], dim=3), chunks.v * chunks.delta.unsqueeze(-1)
-    torch.mul(state, chunks.enter, out=entered)
+    weights, v = torch.cat([chunks.T, chunks.C], dim=3), factors.v * chunks.delta.unsqueeze(-1)
+    torch.mul(state, factors.enter, out=entered)
     for x_, u_, v_, D_, weights_, B_, leave_, y_ in zip(
-        chunks.x, chunks.u, v, chunks.D, weights, chunks.B.mT, chunks.leave, y, strict=True
+        chunks.x, factors.u, v, chunks.D, weights, chunks.B.mT, factors.leave, y, strict=True
     ):
         torch.mul(x_, v_, out=written)
         torch.bmm(weights_, sources_, out=read_)
         torch.addcmul(read.mul_(u_), x_, D_, out=y_)
         entered_.baddbmm_(B_, written_)
         entered.mul_(leave_)
-    for some in chunks.steep:
-        x, delta, L = (tensor.index_select(4, some) for tensor in (chunks.x, chunks.delta, chunks.L))
-        steep_y, steep_state = _scan_steep(x, delta, chunks.B, chunks.C, chunks.T, L, state.index_select(3, some))
-        y.index_add_(4, some, steep_y)
-        entered.index_copy_(3, some, steep_state)
     state.copy_(entered)
 
 
-def _scan_steep(
+def _scan_steep(chunks: _Chunks, state: Tensor, y: Tensor) -> None:
+    """`_scan_segment` of steep heads."""
+    read, last = _read_steep(chunks.x, chunks.delta, chunks.B, chunks.C, chunks.T, chunks.L, state)
+    torch.addcmul(read, chunks.x, chunks.D, out=y)
+    state.copy_(last)
+
+
+def _read_steep(
     x: Tensor, delta: Tensor, B: Tensor, C: Tensor, T: Tensor, L: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`_scan_segment` for steep heads, without D: y `(c, b, g, q, e, p)`, and the state after the segment.
+    """y `(c, b, g, q, e, p)` of steep heads without D, and the state after the segment.
 
     L has a gradient as far as tokens read, none as far as they write, which that of delta gives already.
     """
@@ -379,32 +408,16 @@ def _scan_steep(
 
 
 class _Gradients(NamedTuple):
-    """What the backward of a segment adds up."""
+    """The gradients of what a segment is computed from."""
 
-    x: Tensor  # c b g q e p
     reads: Tensor  # c b g q e, <gradient of y_t, what token t reads of the past>
     writes: Tensor  # c b g q e, <gradient of what token s writes, what it writes>, without Δ
     D: Tensor  # c b g q e
     B: Tensor  # c r q n
     C: Tensor  # c r q n
     T: Tensor  # c r q q
-
-    def add_steep(
-        self, chunks: _Chunks, heads: Tensor, state: Tensor, grad_y: Tensor, grad_state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Adds those of some steep heads; returns their state after the segment and the gradient of that before it."""
-        x, delta, L, grad_y = (tensor.index_select(4, heads) for tensor in (chunks.x, chunks.delta, chunks.L, grad_y))
-        state, grad_state = (tensor.index_select(3, heads) for tensor in (state, grad_state))
-        with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (x, delta, chunks.B, chunks.C, chunks.T, L, state)]
-            y, last = _scan_steep(*inputs)
-        grad_x, grad_delta, *shared, grad_L, grad_first = torch.autograd.grad((y, last), inputs, (grad_y, grad_state))
-        self.x.index_add_(4, heads, grad_x)
-        self.writes.index_copy_(4, heads, grad_delta)
-        self.reads.index_copy_(4, heads, (grad_L / math.log(2)).to(grad_delta.dtype))
-        for total, grad in zip((self.B, self.C, self.T), shared, strict=True):
-            total.add_(grad)
-        return last.detach(), grad_first
+    first: Tensor  # b g n e p, of the state before the segment
+    last: Tensor  # b g n e p, the state after the segment itself
 
 
 def _scan_segment_backward(
@@ -415,13 +428,41 @@ def _scan_segment_backward(
     Writes that of x `(c, b, g, q, e, p)`, takes that of the state to the start of the segment, and returns those of
     delta `(c, b, g, q, e)`, A and D `(g, e)`, and B and C `(c, b, g, q, n)`.
     """
+    parts = chunks.by_steepness()
+    grad_delta, grad_A = torch.empty_like(chunks.delta), torch.empty_like(chunks.A)
+    grad_D, shared = torch.empty_like(chunks.A), []
+    for is_steep, heads in parts:
+        gradients_of = _steep_gradients if is_steep else _gentle_gradients
+        if len(parts) == 1:
+            gradients = gradients_of(chunks, state, grad_y, grad_state, grad_x)
+            return _input_gradients(chunks, state, grad_state, gradients)
+        some, grad_y_ = chunks.of_some(heads), grad_y.index_select(4, heads)
+        grad_x_ = torch.empty_like(some.x)
+        state_, grad_state_ = (tensor.index_select(3, heads) for tensor in (state, grad_state))
+        gradients = gradients_of(some, state_, grad_y_, grad_state_, grad_x_)
+        grad_delta_, grad_A_, grad_D_, *rest = _input_gradients(some, state_, grad_state_, gradients)
+        shared.append(rest)
+        grad_x.index_copy_(4, heads, grad_x_)
+        grad_state.index_copy_(3, heads, grad_state_)
+        grad_delta.index_copy_(4, heads, grad_delta_)
+        grad_A.index_copy_(1, heads, grad_A_)
+        grad_D.index_copy_(1, heads, grad_D_)
+    grad_B, grad_C = (torch.stack(grads).sum(dim=0) for grads in zip(*shared, strict=True))
+    return grad_delta, grad_A, grad_D, grad_B, grad_C
+
+
+def _gentle_gradients(
+    chunks: _Chunks, state: Tensor, grad_y: Tensor, grad_state: Tensor, grad_x: Tensor
+) -> _Gradients:
+    """Those of gentle heads; writes that of x."""
     size, (batch, groups, state_size, heads, head_dim) = grad_y.shape[3], state.shape
+    factors = _Factors.of(chunks.L, state.dtype)
     sources = state.new_empty(len(grad_y), batch, groups, size + state_size, heads, head_dim)
     written, entered = sources[:, :, :, :size], sources[:, :, :, size:]
-    v = chunks.v * chunks.delta.unsqueeze(-1)
+    v = factors.v * chunks.delta.unsqueeze(-1)
     torch.mul(chunks.x, v, out=written)
-    last = state * chunks.enter
-    for c, (written_, B_, leave_) in enumerate(zip(_rows(written, 1), chunks.B.mT, chunks.leave, strict=True)):
+    last = state * factors.enter
+    for c, (written_, B_, leave_) in enumerate(zip(_rows(written, 1), chunks.B.mT, factors.leave, strict=True)):
         entered[c] = last
         _rows(last).baddbmm_(B_, written_)
         last.mul_(leave_)
@@ -436,8 +477,8 @@ def _scan_segment_backward(
     grad_left.copy_(grad_state)
     for c in reversed(range(len(grad_y))):
         x_, grad_y_ = chunks.x[c], grad_y[c]
-        grad_left.mul_(chunks.leave[c])
-        torch.mul(grad_y_, chunks.u[c], out=grad_read)
+        grad_left.mul_(factors.leave[c])
+        torch.mul(grad_y_, factors.u[c], out=grad_read)
         torch.bmm(transposed[c], _rows(grads), out=_rows(grad_written))
         torch.bmm(_rows(written[c]), _rows(grad_left).mT, out=grad_B[c])
         # What each head's tokens read, times its gradient: summed over heads, and weighted and summed over sources.
@@ -451,21 +492,30 @@ def _scan_segment_backward(
         grad_D[c] = torch.mul(x_, grad_y_, out=product).sum(dim=-1)
         torch.addcmul(grad_written.mul_(v[c]), grad_y_, chunks.D[c], out=grad_x[c])
         _rows(grad_left).baddbmm_(chunks.C[c].mT, _rows(grad_read))
-    first = grad_left * chunks.enter
     grad_T, grad_C = grad_weights.split([size, state_size], dim=3)
-    gradients = _Gradients(grad_x, reads, writes.mul_(chunks.v.squeeze(-1)), grad_D, grad_B, grad_C, grad_T)
-    for some in chunks.steep:
-        steep_last, steep_first = gradients.add_steep(chunks, some, state, grad_y, grad_state)
-        last.index_copy_(3, some, steep_last)
-        first.index_copy_(3, some, steep_first)
-    ends = (state * first).sum(dim=(2, 4)), (last * grad_state).sum(dim=(2, 4))
-    grad_state.copy_(first)
-    return _input_gradients(chunks, ends, gradients)
+    writes = writes.mul_(factors.v.squeeze(-1))
+    return _Gradients(reads, writes, grad_D, grad_B, grad_C, grad_T, grad_left * factors.enter, last)
 
 
-def _input_gradients(chunks: _Chunks, ends: tuple[Tensor, Tensor], gradients: _Gradients) -> tuple[Tensor, ...]:
-    """The gradients of delta, A, D, B and C, from those of products and what passes both ends `(b, g, e)`."""
+def _steep_gradients(chunks: _Chunks, state: Tensor, grad_y: Tensor, grad_state: Tensor, grad_x: Tensor) -> _Gradients:
+    """Those of steep heads; writes that of x."""
+    x, delta, L = chunks.x, chunks.delta, chunks.L
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (x, delta, chunks.B, chunks.C, chunks.T, L, state)]
+        read, last = _read_steep(*inputs)
+    grad_read_x, writes, grad_B, grad_C, grad_T, grad_L, first = torch.autograd.grad(
+        (read, last), inputs, (grad_y, grad_state)
+    )
+    torch.addcmul(grad_read_x, grad_y, chunks.D, out=grad_x)
+    reads, grad_D = (grad_L / math.log(2)).to(writes.dtype), (x * grad_y).sum(dim=-1)
+    return _Gradients(reads, writes, grad_D, grad_B, grad_C, grad_T, first, last.detach())
+
+
+def _input_gradients(chunks: _Chunks, state: Tensor, grad_state: Tensor, gradients: _Gradients) -> tuple[Tensor, ...]:
+    """The gradients of delta, A, D, B and C; takes that of the state to the start of the segment."""
     A, grad_D = chunks.A.unsqueeze(1), gradients.D
+    ends = (state * gradients.first).sum(dim=(2, 4)), (gradients.last * grad_state).sum(dim=(2, 4))
+    grad_state.copy_(gradients.first)
     grad_scores = gradients.T.tril(-1)
     grad_scores.diagonal(dim1=2, dim2=3).copy_((grad_D * chunks.delta).sum(dim=-1).flatten(1, 2))
     grad_B = gradients.B + grad_scores.mT @ chunks.C
