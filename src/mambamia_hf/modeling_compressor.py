@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .compressor_segments import embed_in_segments, run_in_segments
 from .configuration_mambamia import MambaMiaCompressorConfig
-from .quantization import load_model
+from .quantization import load_pretrained
 from .selective_scan import _kernel_selective_scan, selective_scan
 from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
 from .vision_tower import does_more
@@ -471,8 +471,8 @@ class MambaMiaCompressorPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As any model's, with one sentence for a checkpoint that is damaged or does not fit, and with a quantisation
-        of the language model alone; see `load_model`."""
-        return load_model(super().from_pretrained, *args, **kwargs)
+        of the language model alone; see `load_pretrained`."""
+        return load_pretrained(super().from_pretrained, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from .frame_selection import frame_budget, select_frames
 from .messages import without_secrets
 from .model_card import TAGS, fill_card
 from .modeling_compressor import MambaMiaCompressor
-from .quantization import load_model
+from .quantization import load_pretrained
 from .versions import CACHE_NAME
 from .video_memory import VideoMemory, describe_images, encoder_fingerprint, is_video_memory
 from .vision_tower import tower_until
@@ -105,8 +105,8 @@ class MambaMiaPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As any model's, with one sentence for a checkpoint that is damaged or does not fit, and with a quantisation
-        of the language model alone; see `load_model`."""
-        return load_model(super().from_pretrained, *args, **kwargs)
+        of the language model alone; see `load_pretrained`."""
+        return load_pretrained(super().from_pretrained, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As any model's; a vision tower that lacks the attention asked for of the whole model keeps its own."""

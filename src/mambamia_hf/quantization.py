@@ -22,7 +22,7 @@ _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")
 _EXACT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last are positions
 
 
-def load_model(
+def load_pretrained(
     load: Callable[..., Any],
     *args: Any,
     quantization_config: QuantizationConfigMixin | Mapping[str, Any] | None = None,
@@ -132,4 +132,4 @@ def _check_unpacked(model: nn.Module, remedy: str) -> None:
             raise RuntimeError(f"bitsandbytes has packed {name} for answers on this CPU and cannot have it {remedy}.")
 
 
-__all__ = ["check_exact", "check_not_quantized", "guard_packed_weights", "load_model", "of_language_model"]
+__all__ = ["check_exact", "check_not_quantized", "guard_packed_weights", "load_pretrained", "of_language_model"]
