@@ -127,7 +127,7 @@ def test_round_trip_from_our_layout(tmp_path):
     main([str(tmp_path / "original"), str(tmp_path / "again")])
     ours, again = weights(tmp_path / "ours"), weights(tmp_path / "again")
     assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
-    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    torch.testing.assert_close(logits(load(tmp_path / "again")), logits(model))
     config = MambaMiaConfig.from_pretrained(tmp_path / "again")
     assert config.compressor_config.n_groups == 2 and config.compressor_config.chunk_size == 32
     assert config.video_token_id == VIDEO_TOKEN
