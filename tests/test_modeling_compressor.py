@@ -185,6 +185,7 @@ def test_save_and_load(tmp_path):
     compressor.save_pretrained(tmp_path)
     loaded = MambaMiaCompressor.from_pretrained(tmp_path)
     features = torch.randn(1, 3, 9, 12)
+    torch.testing.assert_close(loaded.state_dict(), compressor.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(loaded(features).last_hidden_state, compressor(features).last_hidden_state)
 
 

@@ -963,6 +963,7 @@ def test_save_and_load(model, batch, tmp_path):
     for kwargs in ({}, {"device_map": "auto"}, {"device_map": "cpu"}):
         loaded, info = MambaMiaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True, **kwargs)
         assert not any(info.values())
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(loaded(**batch).logits, logits)
     base = MambaMiaModel.from_pretrained(tmp_path)
     assert torch.equal(base(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
@@ -1034,6 +1035,7 @@ def test_tied_embeddings(batch, tmp_path, settings):
     model.save_pretrained(tmp_path)
     loaded = MambaMiaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
 
 

@@ -88,6 +88,7 @@ def learn_generate_save_load(model, tmp_path, **size):
     assert torch.equal(model.generate(**inputs, **arguments, use_cache=False), output)
     model.save_pretrained(tmp_path)
     loaded = MambaMiaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
