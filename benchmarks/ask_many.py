@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from measure import median_seconds, report
-from transformers import Qwen2Config, SiglipImageProcessor, SiglipVisionConfig
+from transformers import PreTrainedTokenizerBase, Qwen2Config, SiglipImageProcessor, SiglipVisionConfig
 
 from mambamia_hf import (
     BUNDLED_CHECKPOINT,
@@ -67,14 +67,18 @@ def build(dtype: torch.dtype) -> tuple[MambaMiaForConditionalGeneration, MambaMi
     )
     model = MambaMiaForConditionalGeneration(config).to(dtype).eval()
     model.generation_config.eos_token_id = None  # all answers are of one length
-    size = {"height": SIZE, "width": SIZE}
-    processor = MambaMiaProcessor(
+    return model, build_processor(config, tokenizer)
+
+
+def build_processor(config: MambaMiaConfig, tokenizer: PreTrainedTokenizerBase) -> MambaMiaProcessor:
+    """The processor of a model with this configuration."""
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    return MambaMiaProcessor(
         image_processor=SiglipImageProcessor(size=size),
         tokenizer=tokenizer,
         video_processor=MambaMiaVideoProcessor(size=size),
         tokens_per_frame=config.tokens_per_frame(),
     )
-    return model, processor
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from measure import median_seconds, report
+from measure import median_seconds, product_rate, report
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
@@ -99,14 +99,8 @@ def with_engines(function: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     return {**contestants, PYTORCH: partial(run, False)}
 
 
-def product_rate(size: Size) -> float:
-    """Operations per second of a large product."""
-    left, right = torch.randn(2, size.product, size.product, device=size.device, dtype=DTYPE)
-    return 2 * size.product**3 / median_seconds({"": lambda: left @ right})[""]
-
-
 def products(size: Size) -> list[dict]:
-    return [{"product": f"{size.product}³", "TFLOP/s": product_rate(size) / 1e12}]
+    return [{"product": f"{size.product}³", "TFLOP/s": product_rate(size.product, DTYPE, size.device) / 1e12}]
 
 
 def scan_inputs(size: Size, heads: int, grad: bool) -> dict[str, Tensor]:
@@ -168,7 +162,8 @@ def patch_features(size: Size, num_frames: int) -> Tensor:
 
 def compressor(size: Size, compiled: bool = False) -> list[dict]:
     """All frames without a gradient, against the rate of a large product."""
-    model, features, rate = build_compressor(size), patch_features(size, size.frames), product_rate(size)
+    model, features = build_compressor(size), patch_features(size, size.frames)
+    rate = product_rate(size.product, DTYPE, size.device)
 
     @torch.no_grad()
     def run(forward: Callable[..., Any] = model.forward) -> Any:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from ask_many import build as build_small
-from measure import median_seconds, peak_rss, report, restart_peak
+from ask_many import build_processor
+from measure import peak_rss, product_rate, report, restart_peak
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, SiglipImageProcessor
+from transformers import PreTrainedConfig
 from whole_path import compressor_flops, prefill_flops, text_config
 
-from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
+from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor
 from mambamia_hf.video_sampling import SampledVideo, open_video
 
 
@@ -67,8 +67,8 @@ class Stages:
 
 def build(language_model: str, dtype: torch.dtype) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
     """The paper's model, with the tokenizer of the bundled checkpoint."""
-    _, small = build_small(torch.float32)
-    vocabulary = small.tokenizer.get_vocab()
+    tokenizer = MambaMiaProcessor.from_pretrained(BUNDLED_CHECKPOINT).tokenizer
+    vocabulary = tokenizer.get_vocab()
     config = MambaMiaConfig(
         **({} if language_model == "7B" else {"text_config": text_config()}),
         image_token_id=vocabulary["<|image_pad|>"],
@@ -80,21 +80,7 @@ def build(language_model: str, dtype: torch.dtype) -> tuple[MambaMiaForCondition
     torch.set_default_dtype(dtype)  # a language model of 7B does not fit in float32
     model = MambaMiaForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
-    side = config.vision_config.image_size
-    size = {"height": side, "width": side}
-    processor = MambaMiaProcessor(
-        image_processor=SiglipImageProcessor(size=size),
-        tokenizer=small.tokenizer,
-        video_processor=MambaMiaVideoProcessor(size=size),
-        tokens_per_frame=config.tokens_per_frame(),
-    )
-    return model, processor
-
-
-def product_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations per second of a large product."""
-    left, right = torch.randn(2, size, size).to(dtype)
-    return 2 * size**3 / median_seconds({"": lambda: left @ right})[""]
+    return model, build_processor(config, tokenizer)
 
 
 def tower_flops(config: MambaMiaConfig, num_frames: int) -> float:
@@ -125,7 +111,7 @@ class Pooling(nn.Module):
 
 
 class Timed:
-    """A method of the model that says how long it took in all, and keeps its last argument.
+    """A method of the model that says how long it took in all, and keeps the first argument of its last call.
 
     Args:
         model: whose method is replaced.
@@ -158,7 +144,7 @@ def main():
     text, width = config.text_config, config.compressor_config.hidden_size
     patches = config.patch_grid()[0] * config.patch_grid()[1]
     anchors = num_frames * config.compressor_config.num_anchors(patches)
-    stages = Stages(product_rate(dtype))
+    stages = Stages(product_rate(2048, dtype))
 
     def sampled() -> SampledVideo:
         return SampledVideo(reader, processor.video_processor, name=str(arguments.video), num_frames=num_frames)

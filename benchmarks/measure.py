@@ -31,6 +31,12 @@ def median_seconds(contestants: dict[str, Callable[[], Any]], runs: int = 5) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def product_rate(size: int, dtype: torch.dtype, device: str = "cpu") -> float:
+    """Operations per second of a product of two square matrices."""
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_seconds({"": lambda: left @ right})[""]
+
+
 def extra_bytes(contestant: Callable[[], Any]) -> int:
     """Peak resident memory during a call above the memory before it, its result included (Linux, CPU)."""
     contestant()  # what libraries set up once does not count
