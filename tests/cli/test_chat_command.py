@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 from PIL import Image
@@ -138,12 +139,22 @@ class Terminal:
         if not self.shown:
             assert self._is_ready(120)
 
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def interrupt_until(self, text: str) -> None:
         """Ctrl-C until a text is shown: Python overlooks one that comes just before `input` begins to wait."""
+        self._repeat_until(self.interrupt, text)
+
+    def type_until(self, line: str, text: str) -> None:
+        """Types a line until a text is shown: a Ctrl-C that is still on its way clears the first."""
+        self._repeat_until(lambda: self.type(line), text)
+
+    def _repeat_until(self, action: Callable[[], None], text: str) -> None:
         end = time.monotonic() + 120
         while text not in self.shown:
             assert time.monotonic() < end, self.shown
-            os.killpg(self.process.pid, signal.SIGINT)
+            action()
             again = time.monotonic() + 5
             while text not in self.shown and self._is_ready(again - time.monotonic()):
                 self._read()
@@ -153,13 +164,17 @@ class Terminal:
         return bool(select.select([self.screen], [], [], max(seconds, 0))[0])
 
     def _read(self) -> None:
-        self.shown += os.read(self.screen, 4096).decode(errors="replace")
+        try:
+            self.shown += os.read(self.screen, 4096).decode(errors="replace")
+        except OSError:  # Linux's way to say that no program has the terminal any more
+            raise EOFError(f"The program has ended: {self.shown}") from None
 
 
 def test_on_a_terminal(endless_checkpoint, video):
     """Ctrl-C stops an answer and the conversation goes on, up calls back what was asked, Ctrl-D leaves."""
     terminal = Terminal("chat", video, "--model", endless_checkpoint, "--max-new-tokens", "100000")
-    assert "frames are read; ask, or see /help." in terminal.wait_for("> ")
+    terminal.wait_for("frames are read; ask, or see /help.")
+    terminal.wait_for("> ")
     terminal.type(f"{QUESTIONS[0]}\n")
     terminal.wait_for_an_answer(QUESTIONS[0])
     terminal.interrupt_until("(stopped)")
@@ -173,6 +188,23 @@ def test_on_a_terminal(endless_checkpoint, video):
     terminal.type("/budget 99\n")
     terminal.wait_for("the memory has 16 frames")
     terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=120) == 0
+    os.close(terminal.screen)
+
+
+def test_no_number_of_interrupts_ends_a_conversation(endless_checkpoint, video):
+    terminal = Terminal("chat", video, "--model", endless_checkpoint, "--max-new-tokens", "100000")
+    terminal.wait_for("see /help.")
+    terminal.wait_for("> ")
+    for _ in range(3):
+        terminal.type(f"{QUESTIONS[0]}\n")
+        terminal.wait_for_an_answer(QUESTIONS[0])
+        for _ in range(60):
+            terminal.interrupt()
+            time.sleep(0.002)
+        terminal.interrupt_until("(stopped)")
+        terminal.type_until("/budget 3\n", "3 of 16 frames are read\r\n> ")
     terminal.type("\x04")
     assert terminal.process.wait(timeout=120) == 0
     os.close(terminal.screen)

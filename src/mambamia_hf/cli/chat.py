@@ -1,8 +1,9 @@
 """`mambamia chat`: a conversation about a video."""
 
+import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,27 +59,39 @@ class Conversation:
                 import readline  # noqa: F401  # gives `input` a history
             say(f"{self._read_frames()}; ask, or see /help.")
         failed = False
-        while True:
-            try:
-                line = input(PROMPT if self.is_interactive else "").strip()
-            except EOFError:
-                if self.is_interactive:
-                    print()
-                return 2 if failed and not self.is_interactive else 0
-            except KeyboardInterrupt:
-                if not self.is_interactive:
-                    raise
-                print("\n(Ctrl-D leaves)")
-                continue
-            try:
-                self._do(line)
-            except (OSError, ValueError) as error:
-                say(f"error: {error}")
-                failed = True
-            except KeyboardInterrupt:
-                if not self.is_interactive:
-                    raise
-                print(" (stopped)", flush=True)
+        with _Interrupts() if self.is_interactive else nullcontext() as interrupts:
+            while True:
+                said = "\n(Ctrl-D leaves)"
+                try:
+                    if interrupts:
+                        interrupts.arm()
+                    line = self._read_line()
+                    if line is None:
+                        return 2 if failed and not self.is_interactive else 0
+                    said = " (stopped)"
+                    failed = not self._did(line) or failed
+                except KeyboardInterrupt:
+                    if not self.is_interactive:
+                        raise
+                    print(said, flush=True)
+
+    def _read_line(self) -> str | None:
+        """The next line; None where standard input ends."""
+        try:
+            return input(PROMPT if self.is_interactive else "").strip()
+        except EOFError:
+            if self.is_interactive:
+                print()
+            return None
+
+    def _did(self, line: str) -> bool:
+        """Whether what the line asks for could be done; says why not."""
+        try:
+            self._do(line)
+        except (OSError, ValueError) as error:
+            say(f"error: {error}")
+            return False
+        return True
 
     def _do(self, line: str) -> None:
         if line.startswith("/"):
@@ -164,6 +177,27 @@ class Conversation:
 
     def _new(self, _: str) -> None:
         self.encoded = replace(self.encoded, chat=self.chat.fork())
+
+
+class _Interrupts:
+    """Within it, Ctrl-C raises `KeyboardInterrupt` once after each `arm()`; those that come while the first is dealt
+    with ask for nothing else and are ignored."""
+
+    def __enter__(self) -> "_Interrupts":
+        self._is_armed = False
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def arm(self) -> None:
+        self._is_armed = True
+
+    def _interrupt(self, *_: object) -> None:
+        if self._is_armed:
+            self._is_armed = False
+            raise KeyboardInterrupt
 
 
 def _given(path: str, command: str) -> str:
