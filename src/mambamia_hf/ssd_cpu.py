@@ -37,8 +37,10 @@ from torch.autograd.function import once_differentiable
 _CHUNK_SIZE = 64
 # Chunks of a segment. Training keeps the state before every segment.
 _SEGMENT_CHUNKS = 16
-# Heads computed together: as many as stay in the cache.
+# Heads computed together, of 64 numbers and in chunks of `_CHUNK_SIZE` tokens: as many as stay in the cache. There are
+# more of smaller ones, and more rows of the batch where sequences are shorter.
 _MAX_HEADS = 16
+_MAX_NUMBERS = _MAX_HEADS * 64 * _CHUNK_SIZE
 # Steep heads computed together; those of similar steepness need the same boundaries.
 _STEEP_HEADS = 4
 # Fewer heads are not worth a thread, as every thread computes T once more.
@@ -546,9 +548,10 @@ def _passing_tokens(reads: Tensor, writes: Tensor, start: Tensor, end: Tensor) -
 
 
 def _shares(x: Tensor, B: Tensor) -> list[_Share]:
-    batch, _, heads, _ = x.shape
+    batch, length, heads, head_dim = x.shape
     groups = B.shape[2]
-    in_group, limit = heads // groups, _MAX_HEADS
+    chunk_size = min(_CHUNK_SIZE, 2 ** (length - 1).bit_length())
+    in_group, limit = heads // groups, max(_MAX_HEADS, _MAX_NUMBERS // (chunk_size * head_dim))
     if _worth_threads(x):
         limit = min(limit, max(_MIN_HEADS, math.ceil(batch * heads / torch.get_num_threads())))
     size = math.ceil(in_group / math.ceil(in_group / limit))
