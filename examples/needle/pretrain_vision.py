@@ -79,7 +79,8 @@ class NeedleClassifier(nn.Module):
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`pixel_values (videos, frames, 3, height, width)` and `labels (videos, frames, 2)` to the loss."""
-        features = self.encode_frames(pixel_values.flatten(0, 1)).last_hidden_state
+        pixel_values = pixel_values.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # faster on a CPU
+        features = self.encode_frames(pixel_values).last_hidden_state
         targets = labels.flatten(0, 1).T
         losses = [
             nn.functional.cross_entropy(logits, target)

@@ -164,9 +164,11 @@ def accepted_answers(question: Question, interval: float) -> list[str]:
     return [format_time(second, "mm:ss") for second in range(max(time - margin, 0), min(time + margin, 5999) + 1)]
 
 
-def needle_multiple_choice(needle: Needle, medium: str, seed: int) -> Question:
-    """Which of four symbols `needle` in a "video" or an "image" is; `seed` decides on wording and options."""
-    return _retrieval_question(needle.value, medium, random_generator(seed, "train", Stream.CHOICE))
+def needle_multiple_choice(needle: Needle | None, medium: str, seed: int) -> Question:
+    """Which of four symbols `needle` in a "video" or an "image" is, "nothing" where there is none; `seed` decides on
+    wording and options."""
+    value = NOTHING if needle is None else needle.value
+    return _retrieval_question(value, medium, random_generator(seed, "train", Stream.CHOICE))
 
 
 def _retrieval_question(value: str, medium: str, rng: np.random.Generator) -> Question:

@@ -1,7 +1,8 @@
-"""Videos as a model remembers them, with new times at every look, and what is asked about them.
+"""Videos and stills as a model remembers them, and what is asked about them.
 
-The vision tower and the compressor look at a video once. After that its frames are a few numbers each, and any of them
-can be dropped, as frame selection does, and have any time.
+The vision tower and the compressor look at a video once. After that its frames are a few numbers each, and at every
+look any of them can be dropped, as frame selection does, and have any time. Stills are in between, lest the language
+model forgets them.
 """
 
 import random
@@ -14,22 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambamia_hf import MambaMiaForConditionalGeneration, VideoMemory
+from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor, VideoMemory
 from mambamia_hf.frame_selection import select_frames
 
 from .evaluate import load
 from .glyphs import DIGITS, SHAPES
-from .plan import TASKS, NeedleVideo, plan_video
-from .questions import CHOICE_QUESTIONS, NOTHING, OPEN_QUESTIONS, questions, task_question, when_question
+from .plan import TASKS, Needle, NeedleVideo, plan_video
+from .questions import (
+    CHOICE_QUESTIONS,
+    NOTHING,
+    OPEN_QUESTIONS,
+    needle_multiple_choice,
+    needle_questions,
+    questions,
+    task_question,
+    when_question,
+)
 from .training_data import spaced_video
-from .video import write_needle_video
+from .video import needle_frames, write_needle_video
 
 
-FIRST_SEED = 20_000  # of videos that no other stage learns from
+FIRST_SEED = 100_000  # of videos and stills that no other stage learns from
 LENGTHS = (16, 32, 64, 128, 256, 384, 384, 384)  # frames of a video, each with the same probability
 LONG = 256
 TASK_WEIGHTS = {"retrieval": 3, "when": 3, "ordering": 2, "counting": 2, "nothing": 1}
-QUESTIONS_PER_VIDEO = 6
+QUESTIONS_PER_LOOK = 6
+STILLS_PER_SEED = 4
+SHARE_OF_STILLS = 0.25  # of looks
 HOUR = 3600.0
 
 
@@ -87,6 +99,30 @@ class RememberedVideo:
 
 
 @dataclass(frozen=True)
+class RememberedStill:
+    """A still as the language model reads it.
+
+    Args:
+        needle: what is in it, if anything.
+        tokens: `(1, tokens_per_frame, hidden_size)`.
+    """
+
+    needle: Needle | None
+    tokens: Tensor
+
+
+@torch.no_grad()
+def remember_stills(
+    model: MambaMiaForConditionalGeneration, processor: MambaMiaProcessor, seed: int
+) -> list[RememberedStill]:
+    """The `STILLS_PER_SEED` stills of a seed, half of them at random without a needle."""
+    images, needles = zip(*needle_frames(seed, STILLS_PER_SEED), strict=True)
+    pixels = processor.image_processor(list(images), return_tensors="pt")
+    tokens = model.get_image_features(**pixels).pooler_output
+    return [RememberedStill(needle, still[None]) for needle, still in zip(needles, tokens, strict=True)]
+
+
+@dataclass(frozen=True)
 class Asked:
     """A question, its answer, and the kind that it counts as."""
 
@@ -97,23 +133,27 @@ class Asked:
 
 @dataclass(frozen=True)
 class Look:
-    """One look at a video: the frames that are kept, and what is asked about them.
+    """One look at a video, at the frames that are kept, or at a still, and what is asked about it.
 
     Args:
         tokens: `(num_kept_frames, tokens_per_frame, hidden_size)`.
-        times: of these frames, in seconds.
+        times: of these frames, in seconds; None for a still.
         asked: the questions.
     """
 
     tokens: Tensor
-    times: list[float]
+    times: list[float] | None
     asked: list[Asked]
 
 
-def looks(videos: Sequence[RememberedVideo], rng: random.Random) -> Iterator[Look]:
-    """Looks at random videos, without end: more often at long ones and at those of tasks that are hard to learn."""
+def looks(videos: Sequence[RememberedVideo], stills: Sequence[RememberedStill], rng: random.Random) -> Iterator[Look]:
+    """Looks at random videos and stills, without end; at long videos and tasks that are hard to learn more often."""
     weights = [TASK_WEIGHTS[video.plan.task] * (2 if len(video.deltas) >= LONG else 1) for video in videos]
     while True:
+        if stills and rng.random() < SHARE_OF_STILLS:
+            still = rng.choice(stills)
+            yield Look(still.tokens, None, [ask_about_still(still.needle, rng) for _ in range(QUESTIONS_PER_LOOK)])
+            continue
         (video,) = rng.choices(videos, weights)
         times = random_times(len(video.deltas), rng)
         kept = random_frames(video, rng)
@@ -124,7 +164,7 @@ def looks(videos: Sequence[RememberedVideo], rng: random.Random) -> Iterator[Loo
                 for needle, frame in zip(video.plan.needles, video.first_frames, strict=True)
             ],
         )
-        asked = [ask(plan, rng) for _ in range(QUESTIONS_PER_VIDEO)]
+        asked = [ask(plan, rng) for _ in range(QUESTIONS_PER_LOOK)]
         yield Look(video.tokens[kept], [times[frame] for frame in kept], asked)
 
 
@@ -160,6 +200,14 @@ def ask(video: NeedleVideo, rng: random.Random) -> Asked:
     if video.task in ("ordering", "counting") and chance > 0.75:
         return Asked(f"open {video.task}", question.text, question.answer)
     return Asked(video.task, question.prompt, question.answer)
+
+
+def ask_about_still(needle: Needle | None, rng: random.Random) -> Asked:
+    """An open question or a multiple choice about a still."""
+    if rng.random() < 0.5:
+        return Asked("open still", *rng.choice(needle_questions(needle, "image")))
+    question = needle_multiple_choice(needle, "image", rng.randrange(10**9))
+    return Asked("still", question.prompt, question.answer)
 
 
 def _ask_about_one(video: NeedleVideo, chance: float, rng: random.Random) -> Asked:

@@ -22,34 +22,36 @@ python -m needle.training_data stills --output "$OUT/stills" --count 8000
 python -m needle.training_data clips --output "$OUT/clips" --count 3000
 python -m needle.training_data videos --output "$OUT/videos" --count 12000
 
-# As nothing is downloaded, the vision tower has to learn, too. From here on it is frozen.
+# As nothing is downloaded, the vision tower has to learn, too. From here on it is frozen. Frames take as long to make
+# as to learn from, so two processes make them.
 finished vision || python -m needle.pretrain_vision --output_dir "$OUT/vision" \
-    --max_steps 5000 --per_device_train_batch_size 8 --learning_rate 2e-3 --warmup_steps 0.1 "${TRAINING[@]}"
+    --max_steps 4000 --per_device_train_batch_size 8 --learning_rate 2e-3 --warmup_steps 0.1 "${TRAINING[@]}" \
+    --dataloader_num_workers 2
 
-# Its features of all stills, clips and videos.
+# Its features of all stills, clips and videos, in folders of their own, for clips have the names of videos.
 for KIND in stills clips videos; do
     python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/$KIND/records/train.jsonl" \
-        --media_folder "$OUT/$KIND" --output "$OUT/features" --num_frames 128
+        --media_folder "$OUT/$KIND" --output "$OUT/features/$KIND" --num_frames 128
 done
 
-# train NAME MODEL ARGUMENTS...: trains $OUT/NAME from $OUT/MODEL.
+# train NAME MODEL KIND ARGUMENTS...: trains $OUT/NAME from $OUT/MODEL on stills, clips or videos.
 train() {
     finished "$1" || python -m mambamia_hf.training --model "$OUT/$2" --output_dir "$OUT/$1" \
-        --features "$OUT/features" --num_frames 128 --warmup_steps 0.05 "${TRAINING[@]}" "${@:3}"
+        --data "$OUT/$3/records" --features "$OUT/features/$3" --num_frames 128 --warmup_steps 0.05 \
+        "${TRAINING[@]}" "${@:4}"
 }
-STILLS=(--data "$OUT/stills/records" --per_device_train_batch_size 48)
-CLIPS=(--data "$OUT/clips/records" --per_device_train_batch_size 24)
-VIDEOS=(--data "$OUT/videos/records" --per_device_train_batch_size 12 --train_sampling_strategy group_by_length)
+TWELVE_VIDEOS=(--per_device_train_batch_size 12 --train_sampling_strategy group_by_length)
 
 # Compressor and language model learn on stills, the compressor alone on videos, both on clips, where they learn to read
 # the times of frames, and both on videos. In the last stage videos seem up to eight times longer than they are, so that
 # the model can read longer ones.
-train image      vision --stage image "${STILLS[@]}" --max_steps 300  --learning_rate 1e-3
-train align      image  --stage align "${VIDEOS[@]}" --max_steps 300  --learning_rate 1e-3
-train clips      align  --stage video "${CLIPS[@]}"  --max_steps 1000 --learning_rate 1e-3
-train video      clips  --stage video "${VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
-train long_video video  --stage video "${VIDEOS[@]}" --max_steps 1200 --learning_rate 5e-4 --length_scale 8
+train image      vision stills --stage image --per_device_train_batch_size 48 --max_steps 300  --learning_rate 1e-3
+train align      image  videos --stage align "${TWELVE_VIDEOS[@]}" --max_steps 300  --learning_rate 1e-3
+train clips      align  clips  --stage video --per_device_train_batch_size 24 --max_steps 1000 --learning_rate 1e-3
+train video      clips  videos --stage video "${TWELVE_VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
+train long_video video  videos --stage video "${TWELVE_VIDEOS[@]}" --max_steps 1200 --learning_rate 5e-4 --length_scale 8
 
-# At last the language model alone learns the times of whole hours, on what the model remembers of new videos.
+# At last the language model alone learns the times of whole hours, on what the model remembers of new videos, and not
+# to forget stills.
 python -m needle.train_times --model "$OUT/long_video" --memories "$OUT/memories" --output "$OUT/times" \
     --num_videos 1000 --max_steps 4000 --learning_rate 8e-4

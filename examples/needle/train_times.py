@@ -3,8 +3,9 @@
     PYTHONPATH=examples python -m needle.train_times --model long_video --memories memories --output times
 
 The model looks at every video once and remembers it; the memories are kept in a folder. In a step the language model
-reads one long video or a few shorter ones, once for all questions about it: a question sees the video and itself. What
-is written is the average of the weights of the last few hundred steps. A second call goes on where the first stopped.
+reads one long video or a few shorter ones, with stills in between, once for all questions about it: a question sees
+the video and itself. What is written is the average of the weights of the last few hundred steps. A second call goes
+on where the first stopped.
 """
 
 import argparse
@@ -29,7 +30,16 @@ from mambamia_hf.frame_times import time_ids
 from mambamia_hf.versions import CACHE_NAME
 
 from .evaluate import load
-from .remembered_videos import FIRST_SEED, Look, RememberedVideo, looks, remember
+from .remembered_videos import (
+    FIRST_SEED,
+    STILLS_PER_SEED,
+    Look,
+    RememberedStill,
+    RememberedVideo,
+    looks,
+    remember,
+    remember_stills,
+)
 
 
 FRAMES_PER_STEP = 192  # at least
@@ -40,7 +50,7 @@ STATE = "training_state.pt"
 
 
 class Reader:
-    """A model's language model, and the conversation around a video.
+    """A model's language model, and the conversation around a video or a still.
 
     Args:
         model: in evaluation mode.
@@ -59,10 +69,12 @@ class Reader:
             `(num_tokens,)`, and the number of the question that each belongs to `(num_tokens,)`.
         """
         config, embed = self.model.config, self.model.get_input_embeddings()
-        prompts = [self._prompt(asked.question) for asked in look.asked]
-        digits = torch.tensor(time_ids(look.times, config.frame_time_format, config.time_token_ids))
-        frames = torch.cat([embed(digits), look.tokens], dim=1).flatten(0, 1)
-        video = torch.cat([embed(torch.tensor(prompts[0][0])), frames])
+        medium, frames = "image", look.tokens
+        if look.times is not None:
+            digits = torch.tensor(time_ids(look.times, config.frame_time_format, config.time_token_ids))
+            medium, frames = "video", torch.cat([embed(digits), look.tokens], dim=1)
+        prompts = [self._prompt(medium, asked.question) for asked in look.asked]
+        video = torch.cat([embed(torch.tensor(prompts[0][0])), frames.flatten(0, 1)])
         cache = DynamicCache()
         language_model = self.model.model.language_model
         language_model(inputs_embeds=video[None], use_cache=True, **{CACHE_NAME: cache})
@@ -87,12 +99,12 @@ class Reader:
         tokens = torch.tensor([token for answer in answers for token in answer])
         return self.model.lm_head(states[places]), tokens, number[places]
 
-    def _prompt(self, question: str) -> tuple[list[int], list[int]]:
-        """The tokens before a video and after it."""
-        content = [{"type": "video"}, {"type": "text", "text": question}]
+    def _prompt(self, medium: str, question: str) -> tuple[list[int], list[int]]:
+        """The tokens before a "video" or an "image" and after it."""
+        content = [{"type": medium}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        before, after = prompt.split(self.processor.video_token)
+        before, after = prompt.split(getattr(self.processor, f"{medium}_token"))
         return self._ids(before), self._ids(after)
 
     def _ids(self, text: str) -> list[int]:
@@ -104,7 +116,7 @@ class Training:
 
     Args:
         model, processor: what learns.
-        videos: to learn from.
+        videos, stills: to learn from.
         folder: for the model and the state of training. A state that is there is gone on from.
         max_steps: over which the learning rate falls to 0.
         learning_rate: the highest one.
@@ -115,6 +127,7 @@ class Training:
         model: MambaMiaForConditionalGeneration,
         processor: MambaMiaProcessor,
         videos: Sequence[RememberedVideo],
+        stills: Sequence[RememberedStill],
         folder: Path,
         max_steps: int,
         learning_rate: float,
@@ -133,7 +146,7 @@ class Training:
         self.step = 0
         if (folder / STATE).exists():
             self._restore()
-        self.looks = looks(videos, random.Random(f"after {self.step} steps"))
+        self.looks = looks(videos, stills, random.Random(f"after {self.step} steps"))
 
     def run(self, save_steps: int) -> None:
         """All steps that are left; prints now and then the share of right answers of each kind."""
@@ -158,7 +171,7 @@ class Training:
             losses.append(nn.functional.cross_entropy(logits, tokens))
             wrong = set(number[logits.argmax(dim=-1) != tokens].tolist())
             answered += [(asked.kind, which not in wrong) for which, asked in enumerate(look.asked)]
-            num_frames += len(look.times)
+            num_frames += len(look.tokens)
         torch.stack(losses).mean().backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -197,6 +210,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memories", type=Path, required=True, help="folder for what it remembers of videos")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--num_videos", type=int, default=1000)
+    parser.add_argument("--num_stills", type=int, default=2000)
     parser.add_argument("--max_steps", type=int, default=4000)
     parser.add_argument("--learning_rate", type=float, default=8e-4)
     parser.add_argument("--save_steps", type=int, default=250)
@@ -211,11 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = pool.map(partial(remember, options.model, options.memories), seeds)
         list(tqdm(jobs, total=len(seeds), unit="video"))
-    model, processor = load(options.model)
+    threads = torch.get_num_threads()
+    model, processor = load(options.model)  # with the one thread of a worker
+    torch.set_num_threads(threads)
     videos = [RememberedVideo.load(model, options.memories, seed) for seed in seeds]
-    Training(model, processor, videos, options.output, options.max_steps, options.learning_rate).run(
-        options.save_steps
-    )
+    seeds = range(FIRST_SEED, FIRST_SEED + options.num_stills // STILLS_PER_SEED)
+    stills = [still for seed in seeds for still in remember_stills(model, processor, seed)]
+    training = Training(model, processor, videos, stills, options.output, options.max_steps, options.learning_rate)
+    training.run(options.save_steps)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     ]
     assert [Path(one.media_folder) for one in features] == list(written)
     assert all(one.data == [str(Path(one.media_folder) / RECORDS)] for one in features)
+    # Each kind has a folder of features: clips and videos have the same names.
+    feature_folders = {Path(one.media_folder).name: one.output for one in features}
+    assert len(set(feature_folders.values())) == 3
     assert {one.model for one in features} == {vision.output_dir}
 
     stages = [parse_arguments(arguments) for module, arguments in commands if module == "mambamia_hf.training"]
@@ -51,7 +54,7 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     model = vision.output_dir
     for stage, training in stages:
         assert stage.model == model
-        assert [stage.features] == list({one.output for one in features})
+        assert stage.features == feature_folders[Path(stage.data[0]).parent.name]
         assert (training.seed, training.weight_decay, training.warmup_steps) == (2025, 0.05, 0.05)
         model = training.output_dir
 
@@ -59,7 +62,8 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     times = train_times.parse_arguments(arguments)
     assert module == "needle.train_times" and times.model == model == str(output / "long_video")
     assert times.output == output / "times" and times.memories == output / "memories"
-    assert FIRST_SEED >= max(written.values())  # its videos are new
+    # Its videos and stills are new.
+    assert FIRST_SEED >= max(*written.values(), vision.max_steps * vision.per_device_train_batch_size)
 
 
 def test_finished_stages_are_left_out(modules_of, tmp_path):

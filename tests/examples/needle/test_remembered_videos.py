@@ -6,7 +6,15 @@ import torch
 from needle import remembered_videos
 from needle.plan import TASKS, plan_video
 from needle.questions import NOTHING
-from needle.remembered_videos import RememberedVideo, ask, looks, random_times, remember, video_settings
+from needle.remembered_videos import (
+    RememberedStill,
+    RememberedVideo,
+    ask,
+    looks,
+    random_times,
+    remember,
+    video_settings,
+)
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
 from mambamia_hf.frame_times import format_time
@@ -53,25 +61,37 @@ def test_settings_are_of_the_train_split_and_at_most_an_hour():
 def test_a_look_keeps_needles_and_their_times():
     video, rng = make_video("ordering"), random.Random(0)
     numbers_kept = set()
-    for look, _ in zip(looks([video], rng), range(40), strict=False):
+    for look, _ in zip(looks([video], [], rng), range(40), strict=False):
         frames = look.tokens.flatten().int().tolist()
         numbers_kept.add(len(frames))
         assert set(video.first_frames) <= set(frames) and frames == sorted(frames)
         assert len(look.times) == len(frames) and look.times == sorted(look.times)
-        assert len(look.asked) == remembered_videos.QUESTIONS_PER_VIDEO
+        assert len(look.asked) == remembered_videos.QUESTIONS_PER_LOOK
     assert 32 in numbers_kept and min(numbers_kept) < 20
 
 
 def test_the_answer_to_when_is_the_new_time_of_the_first_frame():
     video, rng = make_video("when"), random.Random(1)
     answers = set()
-    for look, _ in zip(looks([video], rng), range(20), strict=False):
+    for look, _ in zip(looks([video], [], rng), range(20), strict=False):
         frames = look.tokens.flatten().int().tolist()
         expected = format_time(look.times[frames.index(video.first_frames[0])], "mm:ss")
         given = {asked.answer for asked in look.asked if asked.kind == "when"}
         assert given <= {expected}
         answers |= given
     assert len(answers) > 5
+
+
+def test_stills_come_in_between():
+    stills = [
+        RememberedStill(needle, torch.full((1, 1, 1), -1.0)) for needle in (make_video("when").plan.needles[0], None)
+    ]
+    given = list(zip(looks([make_video("when")], stills, random.Random(3)), range(200), strict=False))
+    looked = [look for look, _ in given if look.times is None]
+    assert 30 < len(looked) < 70 and all(look.tokens.tolist() == [[[-1.0]]] for look in looked)
+    answers = {asked.answer for look in looked for asked in look.asked}
+    assert answers == {stills[0].needle.value, stills[0].needle.colour, NOTHING}
+    assert all("image" in asked.question or "colo" in asked.question for look in looked for asked in look.asked)
 
 
 @pytest.mark.parametrize("num_frames", [16, 384])

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from needle import remembered_videos
-from needle.remembered_videos import Asked, Look
+from needle.remembered_videos import STILLS_PER_SEED, Asked, Look, remember_stills
 from needle.small_model import build_model, build_processor
 from needle.train_times import Reader, Training, main
+from needle.video import needle_frames
 from test_remembered_videos import make_video
 from transformers import set_seed
 
@@ -18,7 +19,7 @@ def model_and_processor():
     return build_model(processor).eval(), processor
 
 
-def look_at(tokens: torch.Tensor, times: list[float], *questions: tuple[str, str]) -> Look:
+def look_at(tokens: torch.Tensor, times: list[float] | None, *questions: tuple[str, str]) -> Look:
     return Look(tokens, times, [Asked("", question, answer) for question, answer in questions])
 
 
@@ -32,12 +33,24 @@ def test_questions_that_share_a_video_are_answered_as_alone(model_and_processor)
     memory = VideoMemory(anchors, torch.rand(5), times, encoder_fingerprint(model))
     with torch.no_grad():
         look = look_at(model.model.project(anchors), times, *QUESTIONS)
+    check_answers(model, processor, look, {"type": "video", "video": memory})
+
+
+def test_questions_that_share_a_still_are_answered_as_alone(model_and_processor):
+    model, processor = model_and_processor
+    still, *_ = remember_stills(model, processor, 5)
+    (image, needle), *_ = needle_frames(5, STILLS_PER_SEED)
+    assert still.needle == needle
+    look = look_at(still.tokens, None, *QUESTIONS)
+    check_answers(model, processor, look, {"type": "image", "image": image})
+
+
+def check_answers(model, processor, look: Look, medium: dict) -> None:
+    with torch.no_grad():
         logits, tokens, number = Reader(model, processor).answers(look)
     assert logits.shape == (len(tokens), model.config.text_config.vocab_size)
     for which, (question, answer) in enumerate(QUESTIONS):
-        conversation = [
-            {"role": "user", "content": [{"type": "video", "video": memory}, {"type": "text", "text": question}]}
-        ]
+        conversation = [{"role": "user", "content": [medium, {"type": "text", "text": question}]}]
         inputs = processor.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -54,7 +67,8 @@ def test_the_language_model_alone_learns(model_and_processor, tmp_path):
     model, processor = model_and_processor
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     videos = [video_with_tokens(seed) for seed in range(4)]
-    training = Training(model, processor, videos, tmp_path, max_steps=12, learning_rate=3e-3)
+    stills = remember_stills(model, processor, 5)
+    training = Training(model, processor, videos, stills, tmp_path, max_steps=12, learning_rate=3e-3)
     training.run(save_steps=100)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and all("language_model" in name or name == "lm_head.weight" for name in moved)
@@ -74,7 +88,7 @@ def test_the_command_goes_on_where_it_stopped(model_and_processor, tmp_path, mon
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--memories", str(tmp_path / "memories"), "--num_videos", "2"]
-    arguments += ["--output", str(tmp_path / "out"), "--workers", "1", "--save_steps", "1"]
+    arguments += ["--num_stills", "4", "--output", str(tmp_path / "out"), "--workers", "1", "--save_steps", "1"]
     main([*arguments, "--max_steps", "2"])
     steps = []
     take_step = Training.take_step
