@@ -18,15 +18,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from ask_many import build_processor
 from measure import plot, report, resident
-from transformers import SiglipImageProcessor
 
 from mambamia_hf import (
     BUNDLED_CHECKPOINT,
     MambaMiaConfig,
     MambaMiaForConditionalGeneration,
     MambaMiaProcessor,
-    MambaMiaVideoProcessor,
     VideoMemory,
 )
 
@@ -80,14 +79,7 @@ def tiny_model() -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
         image_token_id=vocabulary["<|image_pad|>"],
         video_token_id=vocabulary["<|video_pad|>"],
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    processor = MambaMiaProcessor(
-        image_processor=SiglipImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=MambaMiaVideoProcessor(size=size),
-        tokens_per_frame=config.tokens_per_frame(),
-    )
-    return MambaMiaForConditionalGeneration(config).eval(), processor
+    return MambaMiaForConditionalGeneration(config).eval(), build_processor(config, tokenizer)
 
 
 def measure_memory(hours: int, frames_per_push: int) -> None:

@@ -31,9 +31,13 @@ from .video import write_needle_video
 
 @cache
 def load(checkpoint: str) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
-    torch.set_num_threads(1)
     model = MambaMiaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     return model, MambaMiaProcessor.from_pretrained(checkpoint)
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes in which PyTorch runs on one thread each."""
+    return ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def matches(question: Question, given: str, interval: float) -> bool:
@@ -123,7 +127,7 @@ def main() -> None:
 
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.num_videos)
     right = {ratio: defaultdict(int) for ratio in arguments.keep_ratios}
-    with ProcessPoolExecutor(arguments.workers) as pool:
+    with worker_pool(arguments.workers) as pool:
         jobs = [(task, pool.submit(evaluate, arguments, task, seed)) for seed in seeds for task in arguments.tasks]
         for task, job in tqdm(jobs):
             for ratio, answer_is_right in job.result().items():

@@ -14,7 +14,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from mambamia_hf.files import atomic_write
 from mambamia_hf.frame_times import time_ids
 from mambamia_hf.versions import CACHE_NAME
 
-from .evaluate import load
+from .evaluate import load, worker_pool
 from .remembered_videos import (
     FIRST_SEED,
     STILLS_PER_SEED,
@@ -222,12 +221,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.memories.mkdir(parents=True, exist_ok=True)
     seeds = range(FIRST_SEED, FIRST_SEED + options.num_videos)
-    with ProcessPoolExecutor(options.workers) as pool:
+    with worker_pool(options.workers) as pool:
         jobs = pool.map(partial(remember, options.model, options.memories), seeds)
         list(tqdm(jobs, total=len(seeds), unit="video"))
-    threads = torch.get_num_threads()
-    model, processor = load(options.model)  # with the one thread of a worker
-    torch.set_num_threads(threads)
+    model, processor = load(options.model)
     videos = [RememberedVideo.load(model, options.memories, seed) for seed in seeds]
     seeds = range(FIRST_SEED, FIRST_SEED + options.num_stills // STILLS_PER_SEED)
     stills = [still for seed in seeds for still in remember_stills(model, processor, seed)]

@@ -1,6 +1,5 @@
 """`mambamia chat`: a conversation about a video."""
 
-import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from contextlib import closing, nullcontext, suppress
@@ -8,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .arguments import share, whole_number
-from .console import format_time, say
+from .console import format_time, handled_ctrl_c, say
 from .opening import check_output_path, check_plot_path, describe_evidence, name_bundled_model, open_video
 
 
@@ -58,13 +57,12 @@ class Conversation:
             with suppress(ImportError):
                 import readline  # noqa: F401  # gives `input` a history
             say(f"{self._read_frames()}; ask, or see /help.")
-        failed = False
-        with _Interrupts() if self.is_interactive else nullcontext() as interrupts:
+        failed, ctrl_c = False, _CtrlC()
+        with handled_ctrl_c(ctrl_c.interrupt) if self.is_interactive else nullcontext():
             while True:
                 said = "\n(Ctrl-D leaves)"
                 try:
-                    if interrupts:
-                        interrupts.arm()
+                    ctrl_c.arm()
                     line = self._read_line()
                     if line is None:
                         return 2 if failed and not self.is_interactive else 0
@@ -179,22 +177,17 @@ class Conversation:
         self.encoded = replace(self.encoded, chat=self.chat.fork())
 
 
-class _Interrupts:
-    """Within it, Ctrl-C raises `KeyboardInterrupt` once after each `arm()`; those that come while the first is dealt
-    with ask for nothing else and are ignored."""
+class _CtrlC:
+    """Raises `KeyboardInterrupt` once after each `arm()`: what comes while the first is dealt with asks for nothing
+    else, and is ignored."""
 
-    def __enter__(self) -> "_Interrupts":
+    def __init__(self) -> None:
         self._is_armed = False
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
 
     def arm(self) -> None:
         self._is_armed = True
 
-    def _interrupt(self, *_: object) -> None:
+    def interrupt(self, *_: object) -> None:
         if self._is_armed:
             self._is_armed = False
             raise KeyboardInterrupt

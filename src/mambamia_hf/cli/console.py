@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -52,13 +52,20 @@ def remembered_ctrl_c() -> Iterator[threading.Event]:
         event.set()
         signal.default_int_handler(number, frame)
 
+    with handled_ctrl_c(interrupt):
+        yield event
+
+
+@contextmanager
+def handled_ctrl_c(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has Ctrl-C call `handler` in place of Python's own, where that would have been called."""
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_usual or threading.current_thread() is not threading.main_thread():
-        yield event
+        yield
         return
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, handler)
     try:
-        yield event
+        yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
