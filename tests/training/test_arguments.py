@@ -50,6 +50,7 @@ def test_an_unknown_name_in_a_file(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"length_scale": 0.5}, "length_scale must be at least 1, not 0.5"),
+        ({"frame_dropout": 1.5}, "frame_dropout must lie between 0 and 1, not 1.5"),
         ({"stage": "align", "lora_rank": 4}, "lora_rank=4 and the language model does not learn in stage align"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, not 0.1"),
     ],

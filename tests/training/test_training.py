@@ -34,6 +34,17 @@ def test_what_is_written_loads_and_says_how_many_were_skipped(training_folder, t
     assert AutoProcessor.from_pretrained(tmp_path).video_processor.num_frames == 384
 
 
+def test_frame_dropout_is_that_of_the_model_unless_given(training_folder, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(training_folder / "model")
+    model.config.frame_dropout = 0.9
+    model.save_pretrained(tmp_path / "model")
+    AutoProcessor.from_pretrained(training_folder / "model").save_pretrained(tmp_path / "model")
+    kept = run(training_folder, tmp_path / "kept", model=tmp_path / "model")
+    assert kept.model.config.frame_dropout == 0.9
+    none = run(training_folder, tmp_path / "none", model=tmp_path / "model", frame_dropout=0)
+    assert none.model.config.frame_dropout == 0 and losses(none) != losses(kept)
+
+
 def test_workers(training_folder, tmp_path):
     expected = losses(run(training_folder, tmp_path / "0", "align"))
     assert losses(run(training_folder, tmp_path / "2", "align", dataloader_num_workers=2)) == expected

@@ -74,6 +74,8 @@ def build_trainer(stage: StageArguments, training: TrainingArguments, report: Pa
     processor = AutoProcessor.from_pretrained(stage.model)
     model: Any = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.dtype)
     model.config.compressor_config.length_scale = stage.length_scale
+    if stage.frame_dropout is not None:
+        model.config.frame_dropout = stage.frame_dropout
     if model.config.delta_loss_coef and with_zero3(training):
         raise ValueError(
             f"delta_loss_coef={model.config.delta_loss_coef} of '{stage.model}' does not go with DeepSpeed's ZeRO-3, "

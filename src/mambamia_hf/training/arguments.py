@@ -40,6 +40,9 @@ class StageArguments:
         default=1.0,
         metadata={"help": "Prepares the model for videos up to so many times longer than those it learns from."},
     )
+    frame_dropout: float | None = field(
+        default=None, metadata={"help": "Largest share of a video's frames left out at random; default: the model's."}
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of a LoRA for the language model; 0 trains it in full."})
     dtype: str = field(default="float32", metadata={"help": "Type of the weights; bfloat16 suits a LoRA."})
 
@@ -110,6 +113,8 @@ def _check(stage: StageArguments, training: TrainingArguments) -> None:
         )
     if not stage.length_scale >= 1:
         raise ValueError(f"length_scale must be at least 1, not {stage.length_scale}; 1 leaves videos as they are.")
+    if not 0 <= (stage.frame_dropout or 0) <= 1:
+        raise ValueError(f"frame_dropout must lie between 0 and 1, not {stage.frame_dropout}; 0 drops no frame.")
     _check_evaluation(stage, training)
     if stage.lora_rank and with_zero3(training):
         raise ValueError(
