@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import transformers
-from needle.training_data import NUM_FRAMES, RECORDS, Record
+from needle.training_data import RECORDS, Record
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments, set_seed
@@ -60,6 +60,7 @@ SEEDS = (0, 1, 2)
 KEEP_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CALIBRATION_VIDEOS = 60  # of the training split, to find the threshold that keeps half of their frames
 BATCH_SIZE = 50
+SAMPLED_FRAMES = 128  # at most, as in the scripts that precompute features
 
 Row = dict[str, Any]
 
@@ -112,8 +113,25 @@ def open_data(
     folder: Path, features: Path, model: MambaMiaForConditionalGeneration, processor: MambaMiaProcessor
 ) -> tuple[list[Record], ConversationCollator]:
     """The records of a folder of `needle.training_data`, and the collator that reads their features."""
-    media = VisionFeatures(features, MediaReader(processor, num_frames=max(NUM_FRAMES)).settings(model))
+    media = VisionFeatures(features, MediaReader(processor, num_frames=SAMPLED_FRAMES).settings(model))
     return load_records([folder / RECORDS]), ConversationCollator(processor, media)
+
+
+def questions_of_tasks(records: list[Record]) -> list[Record]:
+    """The turns of conversations that ask one of `TASKS`, each as a record of one turn.
+
+    Times are left out: the models that are compared do not read them.
+    """
+    found = []
+    for record in records:
+        turns = record["conversations"]
+        for number, kind in enumerate(record["kinds"]):
+            if kind in TASKS:
+                question, answer = turns[2 * number : 2 * number + 2]
+                text = question["value"].removeprefix("<video>\n")
+                alone = [question | {"value": f"<video>\n{text}"}, answer]
+                found.append(record | {"conversations": alone, "kinds": [kind], "task": kind})
+    return found
 
 
 def build(variant: str, seed: int, needle: Path) -> tuple[MambaMiaForConditionalGeneration, MambaMiaProcessor]:
@@ -273,9 +291,9 @@ def run(variant: str, seed: int, settings: Settings, needle: Path, tests: Sequen
     """Trains and scores one variant with one seed."""
     torch.set_num_threads(1)
     model, processor = build(variant, seed, needle)
-    stills, still_collator = open_data(needle / "stills", needle / "features", model, processor)
-    videos, video_collator = open_data(needle / "videos", needle / "features", model, processor)
-    videos = [record for record in videos if record["length"] <= settings.train_frames and record["task"] in TASKS]
+    stills, still_collator = open_data(needle / "data/stills", needle / "features/stills", model, processor)
+    videos, video_collator = open_data(needle / "data/videos", needle / "features/videos", model, processor)
+    videos = questions_of_tasks([record for record in videos if record["length"] <= settings.train_frames])
     start = time.process_time()
     train(model, "image", stills, still_collator, settings.image_steps, 48, seed)
     train(model, "video", videos, video_collator, settings.video_steps, 12, seed)

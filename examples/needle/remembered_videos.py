@@ -7,7 +7,7 @@ model forgets them.
 
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,9 @@ from torch import Tensor
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor, VideoMemory
 from mambamia_hf.frame_selection import select_frames
 
+from .conversations import Asked, ask_about_still, ask_about_video
 from .evaluate import load
-from .glyphs import DIGITS, SHAPES
 from .plan import TASKS, Needle, NeedleVideo, plan_video
-from .questions import (
-    CHOICE_QUESTIONS,
-    NOTHING,
-    OPEN_QUESTIONS,
-    needle_multiple_choice,
-    needle_questions,
-    questions,
-    task_question,
-    when_question,
-)
 from .training_data import spaced_video
 from .video import needle_frames, write_needle_video
 
@@ -39,7 +29,7 @@ FIRST_SEED = 100_000  # of videos and stills that no other stage learns from
 LENGTHS = (16, 32, 64, 128, 256, 384, 384, 384)  # frames of a video, each with the same probability
 LONG = 256
 TASK_WEIGHTS = {"retrieval": 3, "when": 3, "ordering": 2, "counting": 2, "nothing": 1}
-QUESTIONS_PER_LOOK = 6
+QUESTIONS_PER_STILL = 4
 STILLS_PER_SEED = 4
 SHARE_OF_STILLS = 0.25  # of looks
 HOUR = 3600.0
@@ -123,15 +113,6 @@ def remember_stills(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question, its answer, and the kind that it counts as."""
-
-    kind: str
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Look:
     """One look at a video, at the frames that are kept, or at a still, and what is asked about it.
 
@@ -146,17 +127,27 @@ class Look:
     asked: list[Asked]
 
 
-def looks(videos: Sequence[RememberedVideo], stills: Sequence[RememberedStill], rng: random.Random) -> Iterator[Look]:
-    """Looks at random videos and stills, without end; at long videos and tasks that are hard to learn more often."""
-    weights = [TASK_WEIGHTS[video.plan.task] * (2 if len(video.deltas) >= LONG else 1) for video in videos]
-    while True:
-        if stills and rng.random() < SHARE_OF_STILLS:
-            still = rng.choice(stills)
-            yield Look(still.tokens, None, [ask_about_still(still.needle, rng) for _ in range(QUESTIONS_PER_LOOK)])
-            continue
-        (video,) = rng.choices(videos, weights)
+class Looks:
+    """Random looks at videos and stills; at long videos and tasks that are hard to learn more often.
+
+    Args:
+        videos, stills: to look at.
+        rng: what is drawn from.
+    """
+
+    def __init__(self, videos: Sequence[RememberedVideo], stills: Sequence[RememberedStill], rng: random.Random):
+        self.videos, self.stills, self.rng = videos, stills, rng
+        self.weights = [TASK_WEIGHTS[video.plan.task] * (2 if len(video.deltas) >= LONG else 1) for video in videos]
+
+    def draw(self, most_frames: int) -> Look:
+        """A look at a still, or at no more than `most_frames` frames of a video beside those where needles appear."""
+        rng = self.rng
+        if self.stills and rng.random() < SHARE_OF_STILLS:
+            still = rng.choice(self.stills)
+            return Look(still.tokens, None, [ask_about_still(still.needle, rng) for _ in range(QUESTIONS_PER_STILL)])
+        (video,) = rng.choices(self.videos, self.weights)
         times = random_times(len(video.deltas), rng)
-        kept = random_frames(video, rng)
+        kept = random_frames(video, most_frames, rng)
         plan = replace(
             video.plan,
             needles=[
@@ -164,8 +155,7 @@ def looks(videos: Sequence[RememberedVideo], stills: Sequence[RememberedStill], 
                 for needle, frame in zip(video.plan.needles, video.first_frames, strict=True)
             ],
         )
-        asked = [ask(plan, rng) for _ in range(QUESTIONS_PER_LOOK)]
-        yield Look(video.tokens[kept], [times[frame] for frame in kept], asked)
+        return Look(video.tokens[kept], [times[frame] for frame in kept], ask_about_video(plan, rng))
 
 
 def random_times(num_frames: int, rng: random.Random) -> list[float]:
@@ -175,68 +165,19 @@ def random_times(num_frames: int, rng: random.Random) -> list[float]:
     return [start + span * frame / num_frames for frame in range(num_frames)]
 
 
-def random_frames(video: RememberedVideo, rng: random.Random) -> list[int]:
-    """The numbers of kept frames: all of them, some by Δ or some at random; always those where needles appear."""
-    num_frames = len(video.deltas)
+def random_frames(video: RememberedVideo, most: int, rng: random.Random) -> list[int]:
+    """The numbers of kept frames: all of them, some by Δ or some at random; always those where needles appear.
+
+    There are at most `most` others.
+    """
+    num_frames, needles = len(video.deltas), video.first_frames
     keep = torch.ones(num_frames, dtype=torch.bool)
-    if rng.random() < 0.5:
-        ratio = rng.uniform(0.2, 1.0)
+    if num_frames > most or rng.random() < 0.5:
+        count = max(1, round(rng.uniform(0.2, 1.0) * min(num_frames, most)))
         if rng.random() < 0.5:
-            keep = select_frames(video.deltas[None], keep_ratio=ratio)[0]
+            keep = select_frames(video.deltas[None], keep_frames=count)[0]
         else:
-            keep = torch.tensor([rng.random() < ratio for _ in range(num_frames)])
-    keep[video.first_frames or [0]] = True
+            keep = torch.zeros(num_frames, dtype=torch.bool)
+            keep[rng.sample(range(num_frames), count)] = True
+    keep[needles] = True
     return keep.nonzero()[:, 0].tolist()
-
-
-def ask(video: NeedleVideo, rng: random.Random) -> Asked:
-    """A question of the video's task, or another one that a user may ask about it."""
-    chance = rng.random()
-    if video.task == "nothing" and chance < 0.5:
-        return _ask_in_vain(rng)
-    if video.task in ("retrieval", "when"):
-        return _ask_about_one(video, chance, rng)
-    question = task_question(video, rng.randrange(10**9))
-    if video.task in ("ordering", "counting") and chance > 0.75:
-        return Asked(f"open {video.task}", question.text, question.answer)
-    return Asked(video.task, question.prompt, question.answer)
-
-
-def ask_about_still(needle: Needle | None, rng: random.Random) -> Asked:
-    """An open question or a multiple choice about a still."""
-    if rng.random() < 0.5:
-        return Asked("open still", *rng.choice(needle_questions(needle, "image")))
-    question = needle_multiple_choice(needle, "image", rng.randrange(10**9))
-    return Asked("still", question.prompt, question.answer)
-
-
-def _ask_about_one(video: NeedleVideo, chance: float, rng: random.Random) -> Asked:
-    (needle,) = video.needles
-    if chance < 0.50:
-        question = when_question(needle, rng)
-        return Asked("when", question.prompt, question.answer)
-    if chance < 0.72:
-        text, answer = rng.choice(questions(video))
-        if answer == needle.value:
-            return Asked("open retrieval", text, answer)
-        return Asked("colour", _wording("colour", rng.choice([needle.kind, needle.value]), rng), needle.colour)
-    if chance < 0.80:
-        text = rng.choice(CHOICE_QUESTIONS["counting"]).format(medium="video", value=needle.value)
-        return Asked("open counting", text, "1")
-    question = task_question(replace(video, task="retrieval"), rng.randrange(10**9))
-    return Asked("retrieval", question.prompt, question.answer)
-
-
-def _ask_in_vain(rng: random.Random) -> Asked:
-    """What has another answer where there is a symbol."""
-    value, about = rng.choice(SHAPES + DIGITS), rng.choice(["no time", "no colour", "no count"])
-    if about == "no count":
-        return Asked(about, rng.choice(CHOICE_QUESTIONS["counting"]).format(medium="video", value=value), "0")
-    if about == "no time":
-        return Asked(about, _wording("when", value, rng), NOTHING)
-    return Asked(about, _wording("colour", rng.choice(["shape", "digit", value]), rng), NOTHING)
-
-
-def _wording(kind: str, name: str, rng: random.Random) -> str:
-    """A wording of a kind of open questions about a symbol that is called `name`."""
-    return rng.choice(OPEN_QUESTIONS[kind]).format(medium="video", kind=name, value=name)

@@ -18,9 +18,9 @@ TRAINING=(
 finished() { [ -f "$OUT/$1/trainer_state.json" ]; }
 
 # Data.
-python -m needle.training_data stills --output "$OUT/stills" --count 8000
-python -m needle.training_data clips --output "$OUT/clips" --count 3000
-python -m needle.training_data videos --output "$OUT/videos" --count 12000
+python -m needle.training_data stills --output "$OUT/data/stills" --count 8000
+python -m needle.training_data clips --output "$OUT/data/clips" --count 3000
+python -m needle.training_data videos --output "$OUT/data/videos" --count 4500
 
 # As nothing is downloaded, the vision tower has to learn, too. From here on it is frozen. Frames take as long to make
 # as to learn from, so two processes make them.
@@ -30,28 +30,29 @@ finished vision || python -m needle.pretrain_vision --output_dir "$OUT/vision" \
 
 # Its features of all stills, clips and videos, in folders of their own, for clips have the names of videos.
 for KIND in stills clips videos; do
-    python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/$KIND/records/train.jsonl" \
-        --media_folder "$OUT/$KIND" --output "$OUT/features/$KIND" --num_frames 128
+    python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/data/$KIND/records/train.jsonl" \
+        --media_folder "$OUT/data/$KIND" --output "$OUT/features/$KIND" --num_frames 128
 done
 
 # train NAME MODEL KIND ARGUMENTS...: trains $OUT/NAME from $OUT/MODEL on stills, clips or videos.
 train() {
     finished "$1" || python -m mambamia_hf.training --model "$OUT/$2" --output_dir "$OUT/$1" \
-        --data "$OUT/$3/records" --features "$OUT/features/$3" --num_frames 128 --warmup_steps 0.05 \
+        --data "$OUT/data/$3/records" --features "$OUT/features/$3" --num_frames 128 --warmup_steps 0.05 \
         "${TRAINING[@]}" "${@:4}"
 }
-TWELVE_VIDEOS=(--per_device_train_batch_size 12 --train_sampling_strategy group_by_length)
+TWELVE_VIDEOS=(--stage video --per_device_train_batch_size 12 --train_sampling_strategy group_by_length)
 
-# Compressor and language model learn on stills, the compressor alone on videos, both on clips, where they learn to read
-# the times of frames, and both on videos. In the last stage videos seem up to eight times longer than they are, so that
-# the model can read longer ones.
-train image      vision stills --stage image --per_device_train_batch_size 48 --max_steps 300  --learning_rate 1e-3
-train align      image  videos --stage align "${TWELVE_VIDEOS[@]}" --max_steps 300  --learning_rate 1e-3
-train clips      align  clips  --stage video --per_device_train_batch_size 24 --max_steps 1000 --learning_rate 1e-3
-train video      clips  videos --stage video "${TWELVE_VIDEOS[@]}" --max_steps 6000 --learning_rate 1e-3
-train long_video video  videos --stage video "${TWELVE_VIDEOS[@]}" --max_steps 1200 --learning_rate 5e-4 --length_scale 8
+# Compressor and language model learn what is in stills; in clips, which time belongs to which frame; and in videos to
+# count and to order. No frame is dropped until then, for what it showed is asked for. In the last stage frames are
+# dropped, so that Δ is large where a symbol appears, and videos seem up to twelve times longer than they are.
+train image vision stills --stage image --per_device_train_batch_size 48 --max_steps 300 --learning_rate 1e-3
+train clips image clips --stage video --per_device_train_batch_size 24 --max_steps 500 --learning_rate 2e-3 \
+    --frame_dropout 0
+train video clips videos "${TWELVE_VIDEOS[@]}" --max_steps 2500 --learning_rate 1.5e-3 --frame_dropout 0
+train long_video video videos "${TWELVE_VIDEOS[@]}" --max_steps 500 --learning_rate 5e-4 --frame_dropout 0.8 \
+    --length_scale 12
 
-# At last the language model alone learns the times of whole hours, on what the model remembers of new videos, and not
-# to forget stills.
+# At last the language model alone learns to read whole hours, on what the model remembers of new videos, and not to
+# forget stills.
 python -m needle.train_times --model "$OUT/long_video" --memories "$OUT/memories" --output "$OUT/times" \
-    --num_videos 1000 --max_steps 4000 --learning_rate 8e-4
+    --num_videos 700 --max_steps 2000 --learning_rate 8e-4

@@ -1,7 +1,10 @@
 """The small model of the needle benchmark before it has learned anything: tokenizer, processor and weights."""
 
+from collections.abc import Sequence
+
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, SiglipImageProcessor
+from transformers import Qwen2Model, Qwen2Tokenizer, SiglipImageProcessor
 
 from mambamia_hf import MambaMiaConfig, MambaMiaForConditionalGeneration, MambaMiaProcessor, MambaMiaVideoProcessor
 from mambamia_hf.frame_times import time_token_ids
@@ -13,6 +16,9 @@ from .questions import CHOICE_QUESTIONS, NOTHING, OPEN_QUESTIONS
 
 IMAGE_SIZE = 96
 TIME_FORMAT = "mm:ss"
+DIGIT_DISTANCES = (1, 2, 4, 5)  # from the anchor of a frame back to the digits of its time, one per attention head
+SHARPNESS = 6.0  # of a head that looks back: about 90 % of its attention is where it looks
+SHARP_FREQUENCIES = 4  # the fastest ones of the rotary embedding; slower ones do not tell neighbours apart
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -84,6 +90,7 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
+            "initializer_range": 0.08,  # about 1 / sqrt(hidden_size)
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token_id": None,
@@ -106,5 +113,24 @@ def build_model(processor: MambaMiaProcessor) -> MambaMiaForConditionalGeneratio
         frame_dropout=0.8,  # without it, Δ sometimes ends up smallest on the needles
     )
     model = MambaMiaForConditionalGeneration(config)
+    look_back(model.model.language_model, DIGIT_DISTANCES)
     model.generation_config.max_new_tokens = 8  # an answer is one to three words
     return model
+
+
+@torch.no_grad()
+def look_back(language_model: Qwen2Model, distances: Sequence[int]) -> None:
+    """Lets the heads of the first layer begin with reading the tokens at these distances before, one distance each.
+
+    Rotary embeddings turn a query at position `p` by `p f` and a key at `q` by `q f`, for each frequency `f`. With the
+    bias `s` of all keys and the bias `s` turned by `-d f` of the queries of a head, the score of the two is
+    `sum over f of s^2 cos((p - q - d) f)`, which is largest where `p - q = d`. An anchor so reads the time of its
+    frame from the beginning, which a model of this size takes long to find out by itself.
+    """
+    config, attention = language_model.config, language_model.layers[0].self_attn
+    half = attention.head_dim // 2
+    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    size = torch.where(torch.arange(half) < SHARP_FREQUENCIES, SHARPNESS, 0.0)
+    attention.k_proj.bias.copy_(torch.cat([size, torch.zeros(half)]).repeat(config.num_key_value_heads))
+    turned = [torch.cat([size * (d * frequencies).cos(), -size * (d * frequencies).sin()]) for d in distances]
+    attention.q_proj.bias.copy_(torch.cat(turned))

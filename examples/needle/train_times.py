@@ -33,19 +33,26 @@ from .remembered_videos import (
     FIRST_SEED,
     STILLS_PER_SEED,
     Look,
+    Looks,
     RememberedStill,
     RememberedVideo,
-    looks,
     remember,
     remember_stills,
 )
 
 
 FRAMES_PER_STEP = 192  # at least
+FEWEST_FRAMES, MOST_FRAMES = 32, 384  # kept of a video at first, and after GROWTH of the training
+GROWTH = 0.5
 AVERAGED_STEPS = 300
 WARMUP_STEPS = 50
 LOGGING_STEPS = 100
 STATE = "training_state.pt"
+
+
+def most_frames(progress: float) -> int:
+    """How many frames of a video are kept at most, when this share of the training is done: ever more."""
+    return round(FEWEST_FRAMES * (MOST_FRAMES / FEWEST_FRAMES) ** min(progress / GROWTH, 1.0))
 
 
 class Reader:
@@ -145,7 +152,7 @@ class Training:
         self.step = 0
         if (folder / STATE).exists():
             self._restore()
-        self.looks = looks(videos, stills, random.Random(f"after {self.step} steps"))
+        self.looks = Looks(videos, stills, random.Random(f"after {self.step} steps"))
 
     def run(self, save_steps: int) -> None:
         """All steps that are left; prints now and then the share of right answers of each kind."""
@@ -164,8 +171,9 @@ class Training:
     def take_step(self) -> list[tuple[str, bool]]:
         """Returns the kind of each question, and whether the answer was right."""
         num_frames, losses, answered = 0, [], []
+        most = most_frames(self.step / self.max_steps)
         while num_frames < FRAMES_PER_STEP:
-            look = next(self.looks)
+            look = self.looks.draw(most)
             logits, tokens, number = self.reader.answers(look)
             losses.append(nn.functional.cross_entropy(logits, tokens))
             wrong = set(number[logits.argmax(dim=-1) != tokens].tolist())

@@ -1,6 +1,6 @@
 """Writes stills, clips or short videos and their questions, for training, and videos of one length for tests.
 
-    PYTHONPATH=examples python -m needle.training_data videos --output videos --count 12000
+    PYTHONPATH=examples python -m needle.training_data videos --output videos --count 4500
     PYTHONPATH=examples python -m needle.training_data test_videos --output test --count 300 --num_frames 32
 
 The records are in `OUTPUT/records/train.jsonl`, the media in `OUTPUT`. They are there when all of it is, and then a
@@ -20,23 +20,17 @@ from tqdm import tqdm
 
 from mambamia_hf.files import atomic_write
 
+from .conversations import Asked, ask_about_still, ask_about_video
 from .plan import TASKS, NeedleVideo
-from .questions import (
-    accepted_answers,
-    needle_multiple_choice,
-    needle_questions,
-    questions,
-    task_question,
-    when_question,
-)
+from .questions import accepted_answers, task_question
 from .video import needle_image, write_needle_video
 
 
-NUM_FRAMES = (16, 32, 64, 128)
+NUM_FRAMES = (16, 32)
 # Clips are so short that a model soon finds which time belongs to which frame; counting has no room in them.
 CLIP_FRAMES = (6, 8)
 CLIP_TASKS = ("retrieval", "when", "nothing")
-QUESTIONS_PER_VIDEO = 3
+CONVERSATIONS_PER_VIDEO = 2
 RECORDS = Path("records", "train.jsonl")  # alone in its folder, so that `datasets` can load the folder
 
 Record = dict[str, Any]
@@ -46,30 +40,21 @@ def write_still(folder: Path, seed: int) -> list[Record]:
     """Writes a JPEG still and asks one question about it."""
     image, needle = needle_image(seed)
     image.save(folder / f"{seed}.jpg", quality=90)
-    rng = random.Random(seed)
-    question = needle_multiple_choice(needle, "image", seed)
-    asked = (question.prompt, question.answer) if rng.random() < 0.5 else rng.choice(needle_questions(needle, "image"))
-    return [make_record("image", f"{seed}.jpg", 1, *asked)]
+    return [make_record("image", f"{seed}.jpg", 1, [ask_about_still(needle, random.Random(seed))])]
 
 
 def write_training_video(
     folder: Path, seed: int, lengths: Sequence[int] = NUM_FRAMES, tasks: Sequence[str] = TASKS
 ) -> list[Record]:
-    """Writes an H.264 file of one of `lengths` frames and asks three questions about it, not all those of its task."""
+    """Writes an H.264 file of one of `lengths` frames and asks all about it, in several conversations."""
     rng = random.Random(seed)
     num_frames = rng.choice(lengths)
     video = write_spaced_video(folder, seed, rng, num_frames, "train", tasks)
-    records = []
-    for variant in range(QUESTIONS_PER_VIDEO):
-        question = task_question(video, QUESTIONS_PER_VIDEO * seed + variant)
-        asked, task = (question.prompt, question.answer), video.task
-        if video.task == "retrieval" and rng.random() < 0.3:
-            asked = rng.choice(questions(video))
-        elif video.task == "retrieval" and rng.random() < 0.3:
-            question = when_question(video.needles[0], rng)
-            asked, task = (question.prompt, question.answer), "when"
-        records.append(make_record("video", f"{seed}.mp4", num_frames, *asked) | {"task": task})
-    return records
+    records = [
+        make_record("video", f"{seed}.mp4", num_frames, ask_about_video(video, rng))
+        for _ in range(CONVERSATIONS_PER_VIDEO)
+    ]
+    return [record | {"task": video.task} for record in records]
 
 
 def write_test_video(folder: Path, seed: int, num_frames: int, tasks: Sequence[str]) -> list[Record]:
@@ -79,7 +64,7 @@ def write_test_video(folder: Path, seed: int, num_frames: int, tasks: Sequence[s
     """
     video = write_spaced_video(folder, seed, random.Random(seed), num_frames, "test", tasks)
     question = task_question(video, seed)
-    record = make_record("video", f"{seed}.mp4", num_frames, question.prompt, question.answer)
+    record = make_record("video", f"{seed}.mp4", num_frames, [Asked(video.task, question.prompt, question.answer)])
     return [record | {"task": video.task, "answers": accepted_answers(question, video.duration / num_frames)}]
 
 
@@ -103,10 +88,19 @@ def spaced_video(seed: int, rng: random.Random, num_frames: int, split: str, tas
     }
 
 
-def make_record(kind: str, path: str, num_frames: int, question: str, answer: str) -> Record:
-    """A conversation in LLaVA's format, with the number of frames as its `length` to group samples by."""
-    turns = [{"from": "human", "value": f"<{kind}>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": path, kind: path, "length": num_frames, "conversations": turns}
+def make_record(medium: str, path: str, num_frames: int, asked: Sequence[Asked]) -> Record:
+    """A conversation in LLaVA's format, with the number of frames as its `length` to group samples by.
+
+    `kinds` says what is asked, turn by turn.
+    """
+    turns = [
+        {"from": speaker, "value": text}
+        for one in asked
+        for speaker, text in (("human", one.question), ("gpt", one.answer))
+    ]
+    turns[0]["value"] = f"<{medium}>\n{turns[0]['value']}"
+    kinds = [one.kind for one in asked]
+    return {"id": path, medium: path, "length": num_frames, "conversations": turns, "kinds": kinds}
 
 
 def write_data(folder: Path, write_sample: Callable[[Path, int], list[Record]], count: int) -> None:

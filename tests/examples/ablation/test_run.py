@@ -1,6 +1,7 @@
 """`examples/ablation/run.py`: what counts as right, how frames are selected, and runs of a few steps."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from needle.training_data import RECORDS
 from tiny_model import prompt, tiny_model, tiny_processor
 
 from mambamia_hf.modeling_encoder import MambaMiaFeaturesOutput
-from mambamia_hf.training import features
+from mambamia_hf.training import features, load_records
 
 
 @pytest.mark.parametrize("selection", [Selection("all", 1.0), Selection("delta_budget", 0.5)])
@@ -72,14 +73,38 @@ def needle(tmp_path_factory) -> Path:
     build_model(processor).save_pretrained(folder / "vision")
     processor.save_pretrained(folder / "vision")
     for kind in ("stills", "videos"):
-        training_data.main([kind, "--output", str(folder / kind), "--count", "6"])
-        write_features(folder / "vision", folder / kind, folder / "features")
+        training_data.main([kind, "--output", str(folder / "data" / kind), "--count", "6"])
+        write_features(folder / "vision", folder / "data" / kind, folder / "features" / kind)
     return folder
 
 
 def write_features(model: Path, media: Path, output: Path) -> None:
     data = ["--data", str(media / RECORDS), "--media_folder", str(media)]
-    features.main(["--model", str(model), *data, "--output", str(output), "--num_frames", "128", "--num_workers", "0"])
+    features.main(
+        [
+            "--model",
+            str(model),
+            *data,
+            "--output",
+            str(output),
+            "--num_frames",
+            str(run.SAMPLED_FRAMES),
+            "--num_workers",
+            "0",
+        ]
+    )
+
+
+def test_questions_of_tasks(needle):
+    conversations = load_records([needle / "data/videos" / RECORDS])
+    records = run.questions_of_tasks(conversations)
+    assert {record["task"] for record in records} <= set(run.TASKS) and len(records) >= 4
+    for record in records:
+        assert record["kinds"] == [record["task"]]
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert question.startswith("<video>\n") and question.count("<video>") == 1
+        (options,) = re.findall(r"Options: (.*)\.", question)
+        assert answer in options.split("; ")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import needle
 from needle import train_times, training_data
-from needle.remembered_videos import FIRST_SEED
+from needle.remembered_videos import FIRST_SEED, LENGTHS
 from needle.training_data import RECORDS
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -23,7 +23,8 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     for module, arguments in commands:
         if module == "needle.training_data":
             training_data.main(arguments)
-    assert written == {output / "stills": 8000, output / "clips": 3000, output / "videos": 12000}
+    data = output / "data"
+    assert written == {data / "stills": 8000, data / "clips": 3000, data / "videos": 4500}
 
     (vision,) = (arguments for module, arguments in commands if module == "needle.pretrain_vision")
     (vision,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(vision)
@@ -42,15 +43,10 @@ def test_stages_build_on_each_other(modules_of, tmp_path, monkeypatch):
     assert {one.model for one in features} == {vision.output_dir}
 
     stages = [parse_arguments(arguments) for module, arguments in commands if module == "mambamia_hf.training"]
-    assert [stage.stage for stage, _ in stages] == ["image", "align", "video", "video", "video"]
-    assert [stage.length_scale for stage, _ in stages] == [1, 1, 1, 1, 8]
-    assert [Path(stage.data[0]).parent.name for stage, _ in stages] == [
-        "stills",
-        "videos",
-        "clips",
-        "videos",
-        "videos",
-    ]
+    assert [stage.stage for stage, _ in stages] == ["image", "video", "video", "video"]
+    assert [stage.frame_dropout for stage, _ in stages] == [None, 0, 0, 0.8]
+    assert [stage.length_scale for stage, _ in stages] == [1, 1, 1, max(LENGTHS) / max(training_data.NUM_FRAMES)]
+    assert [Path(stage.data[0]).parent.name for stage, _ in stages] == ["stills", "clips", "videos", "videos"]
     model = vision.output_dir
     for stage, training in stages:
         assert stage.model == model
@@ -72,5 +68,5 @@ def test_finished_stages_are_left_out(modules_of, tmp_path):
         (output / name).mkdir(parents=True)
         (output / name / "trainer_state.json").touch()
     modules = [module for module, _ in modules_of(SCRIPT, output)]
-    assert modules.count("mambamia_hf.training") == 4
+    assert modules.count("mambamia_hf.training") == 3
     assert "needle.pretrain_vision" not in modules

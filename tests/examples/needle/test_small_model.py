@@ -1,7 +1,8 @@
 """The recipe starts from the model that the bundled checkpoint was."""
 
-from needle.small_model import build_model, build_processor, build_tokenizer
-from transformers import AutoTokenizer
+import torch
+from needle.small_model import DIGIT_DISTANCES, build_model, build_processor, build_tokenizer
+from transformers import AutoTokenizer, set_seed
 
 from mambamia_hf import BUNDLED_CHECKPOINT, MambaMiaForConditionalGeneration
 
@@ -16,3 +17,16 @@ def test_the_bundled_checkpoint_has_these_weights():
     assert {name: tensor.shape for name, tensor in built.items()} == {
         name: tensor.shape for name, tensor in bundled.items()
     }
+
+
+def test_the_first_heads_read_the_digits_of_a_time():
+    """Each mostly one token of its own, wherever it stands: in `mm:ss` before an anchor, the four digits."""
+    set_seed(0)
+    model = build_model(build_processor()).model.language_model.eval()
+    model.set_attn_implementation("eager")
+    embeddings = torch.randn(1, 40, model.config.hidden_size)
+    with torch.no_grad():
+        (weights, *_) = model(inputs_embeds=embeddings, output_attentions=True).attentions
+    for head, distance in enumerate(DIGIT_DISTANCES):
+        at_distance = weights[0, head].diagonal(-distance)
+        assert at_distance[5:].median() > 0.8, f"head {head} reads {distance} tokens before"

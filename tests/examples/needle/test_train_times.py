@@ -3,7 +3,7 @@ import torch
 from needle import remembered_videos
 from needle.remembered_videos import STILLS_PER_SEED, Asked, Look, remember_stills
 from needle.small_model import build_model, build_processor
-from needle.train_times import Reader, Training, main
+from needle.train_times import Reader, Training, main, most_frames
 from needle.video import needle_frames
 from test_remembered_videos import make_video
 from transformers import set_seed
@@ -61,6 +61,11 @@ def check_answers(model, processor, look: Look, medium: dict) -> None:
             alone = model(**inputs).logits[0, -len(own) - 1 : -1]
         assert tokens[number == which].tolist() == own
         torch.testing.assert_close(logits[number == which], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_looks_become_longer():
+    lengths = [most_frames(step / 100) for step in range(101)]
+    assert lengths == sorted(lengths) and lengths[0] == 32 and set(lengths[50:]) == {384}
 
 
 def test_the_language_model_alone_learns(model_and_processor, tmp_path):
