@@ -55,4 +55,4 @@ train long_video video videos "${TWELVE_VIDEOS[@]}" --max_steps 500 --learning_r
 # At last the language model alone learns to read whole hours, on what the model remembers of new videos, and not to
 # forget stills.
 python -m needle.train_times --model "$OUT/long_video" --memories "$OUT/memories" --output "$OUT/times" \
-    --num_videos 700 --max_steps 2000 --learning_rate 8e-4
+    --num_videos 1000 --max_steps 5000 --learning_rate 8e-4
