@@ -1,5 +1,6 @@
 """Short runs of `python -m mambamia_hf.training`."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -45,3 +46,9 @@ def losses(trainer: Trainer) -> list[float]:
 
 def parts_that_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {part_of(name) for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+def change_settings(model: Path, **settings) -> None:
+    """Of a saved model."""
+    config = json.loads((model / "config.json").read_text()) | settings
+    (model / "config.json").write_text(json.dumps(config))

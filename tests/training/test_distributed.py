@@ -15,6 +15,7 @@ import torch
 from conversations import arguments, record
 from PIL import Image
 from tiny_model import tiny_model, tiny_processor
+from training_runs import change_settings
 from transformers import AutoModelForImageTextToText
 from video_files import write_video
 
@@ -163,12 +164,6 @@ def test_two_processes_train_as_one(folder, alone, config, tmp_path):
     again = command_line(folder, tmp_path / "again", 2, config)
     train_with_two_processes(config, [*again, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path), abs=1e-4)
-
-
-def change_settings(model: Path, **settings) -> None:
-    """Of a saved model."""
-    config = json.loads((model / "config.json").read_text()) | settings
-    (model / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture

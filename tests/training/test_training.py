@@ -14,7 +14,7 @@ from original_checkpoint import image_model
 from published_data import write_llava_pretrain, write_llava_video, write_vista
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
-from training_runs import losses, parts_that_moved, run
+from training_runs import change_settings, losses, parts_that_moved, run
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessor
 
 from mambamia_hf.training import features, load_mixture, parse_record
@@ -35,10 +35,8 @@ def test_what_is_written_loads_and_says_how_many_were_skipped(training_folder, t
 
 
 def test_frame_dropout_is_that_of_the_model_unless_given(training_folder, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(training_folder / "model")
-    model.config.frame_dropout = 0.9
-    model.save_pretrained(tmp_path / "model")
-    AutoProcessor.from_pretrained(training_folder / "model").save_pretrained(tmp_path / "model")
+    shutil.copytree(training_folder / "model", tmp_path / "model")
+    change_settings(tmp_path / "model", frame_dropout=0.9)
     kept = run(training_folder, tmp_path / "kept", model=tmp_path / "model")
     assert kept.model.config.frame_dropout == 0.9
     none = run(training_folder, tmp_path / "none", model=tmp_path / "model", frame_dropout=0)
