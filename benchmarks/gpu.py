@@ -3,11 +3,14 @@
 python benchmarks/gpu.py [--parts products scan compressor training first_token]
 python benchmarks/gpu.py --device cpu --small    # every part at a size that shows only that it runs; writes nothing
 
-With mamba-ssm and causal-conv1d installed, "kernels" are theirs; "PyTorch" is the engine that needs neither.
+"Triton" are this project's kernels, "mamba-ssm" the official ones where they are installed, and "PyTorch" is the
+engine that needs neither. Without causal-conv1d the convolution of the last two is PyTorch's, and so is that of the
+first in training.
 """
 
 import argparse
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +25,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from whole_path import compressor_flops, prefill_flops
 
-from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, MambaMiaConfig, select_frames, ssd
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, MambaMiaConfig, mixer_triton, select_frames, ssd
 
 
 DTYPE = torch.bfloat16
-KERNELS, PYTORCH, COMPILED = "kernels", "PyTorch", "compiled"
+TRITON, OFFICIAL, PYTORCH, COMPILED = "Triton", "mamba-ssm", "PyTorch", "compiled"
 
 
 @dataclass
@@ -75,28 +78,49 @@ def extra_megabytes(contestant: Callable[[], Any], device: str) -> float:
 
 
 @contextmanager
-def engines(kernels: bool) -> Iterator[None]:
-    """Within it the scan and the convolution are those of PyTorch, unless `kernels`."""
-    names = ("chunk_scan", "causal_conv1d")
-    before = {name: getattr(ssd, f"_kernel_{name}") for name in names}
-    for name in names if not kernels else ():
-        setattr(ssd, f"_kernel_{name}", getattr(ssd, f"_torch_{name}"))
+def engine_of(name: str) -> Iterator[None]:
+    """Within it scan, convolution and norm are those of one engine."""
+    kernels = ("chunk_scan", "causal_conv1d")
+    before = {kernel: getattr(ssd, f"_kernel_{kernel}") for kernel in kernels}
+    runs_on = mixer_triton.runs_on
+    if name != TRITON:
+        mixer_triton.runs_on = lambda x: False
+    for kernel in kernels if name == PYTORCH else ():
+        setattr(ssd, f"_kernel_{kernel}", getattr(ssd, f"_torch_{kernel}"))
     try:
         yield
     finally:
-        for name, engine in before.items():
-            setattr(ssd, f"_kernel_{name}", engine)
+        mixer_triton.runs_on = runs_on
+        for kernel, official in before.items():
+            setattr(ssd, f"_kernel_{kernel}", official)
 
 
-def with_engines(function: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """The function once with the kernels, where there are any, and once in PyTorch."""
+def seconds_and_megabytes(contestant: Callable[[], Any], device: str, runs: int) -> tuple[float, float]:
+    """Median wall time, and the memory of a call; one that takes long may run once for both."""
+    if runs > 1:
+        return median_seconds({"": contestant}, runs)[""], extra_megabytes(contestant, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    contestant()
+    if device == "cpu":
+        return time.perf_counter() - start, 0.0
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 1e6
 
-    def run(kernels: bool) -> Any:
-        with engines(kernels):
+
+def with_engines(function: Callable[[], Any], size: Size) -> dict[str, Callable[[], Any]]:
+    """The function once with every engine that is there."""
+
+    def run(engine: str) -> Any:
+        with engine_of(engine):
             return function()
 
-    contestants = {KERNELS: partial(run, True)} if find_spec("mamba_ssm") else {}
-    return {**contestants, PYTORCH: partial(run, False)}
+    engines = [TRITON] if size.device == "cuda" else []
+    engines += [OFFICIAL] if find_spec("mamba_ssm") else []
+    return {engine: partial(run, engine) for engine in (*engines, PYTORCH)}
 
 
 def products(size: Size) -> list[dict]:
@@ -130,7 +154,7 @@ def scan(size: Size) -> list[dict]:
                 y = engine(x, dt, A, B, C, 256, D=D)
                 return torch.autograd.grad(y.sum(), list(tensors.values())) if grad else y
 
-            contestants = with_engines(partial(run, ssd.ssd_chunk_scan))
+            contestants = with_engines(partial(run, ssd.ssd_chunk_scan), size)
             if heads == min(size.scan_heads):
                 contestants["Transformers' reference"] = partial(run, inspect.unwrap(mamba2_chunk_scan))
             seconds = median_seconds(contestants)
@@ -141,7 +165,7 @@ def scan(size: Size) -> list[dict]:
                     "tokens": size.scan_tokens,
                     "engine": engine,
                     "ms": 1e3 * seconds[engine],
-                    "times the kernels": seconds[engine] / seconds[KERNELS] if KERNELS in seconds else None,
+                    "times mamba-ssm": seconds[engine] / seconds[OFFICIAL] if OFFICIAL in seconds else None,
                     "extra MB": extra_megabytes(contestant, size.device),
                 }
                 for engine, contestant in contestants.items()
@@ -169,7 +193,7 @@ def compressor(size: Size, compiled: bool = False) -> list[dict]:
     def run(forward: Callable[..., Any] = model.forward) -> Any:
         return forward(features)
 
-    contestants = with_engines(run)
+    contestants = with_engines(run, size)
     if compiled:
         contestants = {COMPILED: partial(run, torch.compile(model.forward, fullgraph=True))}
     seconds = median_seconds(contestants, runs=3)
@@ -199,7 +223,7 @@ def training(size: Size) -> list[dict]:
         model.zero_grad()
         model(features).last_hidden_state.float().square().mean().backward()
 
-    contestants = with_engines(run)
+    contestants = with_engines(run, size)
     seconds = median_seconds(contestants, runs=3)
     flops = 4 * compressor_flops(size.compressor, size.training_frames, size.patches)
     return [
@@ -253,7 +277,8 @@ def first_token(size: Size) -> list[dict]:
         features = patch_features(size, num_frames)
         for way in ways:
             contestant = partial(run, way, features)
-            seconds = median_seconds({way: contestant}, runs=1 if way == "no compression" else 3)[way]
+            runs = 1 if way == "no compression" else 3
+            seconds, megabytes = seconds_and_megabytes(contestant, size.device, runs)
             tokens = num_frames * (size.patches if way == "no compression" else rows)
             tokens = tokens // 2 if way == "half of the frames" else tokens
             results.append(
@@ -263,7 +288,7 @@ def first_token(size: Size) -> list[dict]:
                     "video tokens": tokens,
                     "seconds": seconds,
                     "prefill TFLOP": sum(prefill_flops(text, tokens)) / 1e12,
-                    "extra MB": extra_megabytes(contestant, size.device),
+                    "extra MB": megabytes,
                 }
             )
     return results

@@ -78,8 +78,8 @@ def sample_flops(stage: Stage) -> dict[str, float]:
 
 
 def time_rows() -> list[dict]:
-    measured = json.loads((RESULTS / "gpu_compressor.json").read_text())["rows"]
-    compressor_rate = next(row["TFLOP/s"] for row in measured if row["engine"] == "kernels") * 1e12
+    measured = json.loads((RESULTS / "gpu_training.json").read_text())["rows"]
+    compressor_rate = next(row["TFLOP/s"] for row in measured if row["engine"] == "Triton") * 1e12
     rows = []
     for stage in STAGES:
         flops = sample_flops(stage)

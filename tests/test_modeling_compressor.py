@@ -215,7 +215,7 @@ def test_scan_goes_on_from_a_state(conv_kernel, cuts):
     for part in inputs.tensor_split(cuts, dim=1):
         before = state
         y, delta, state = ssm(part, before)
-        nothing, same_delta, same_state = ssm(part, before, outputs=None)
+        nothing, same_delta, same_state = ssm(part, before, stride=None)
         assert nothing.shape == (2, 0, y.shape[-1]) and torch.equal(same_delta, delta)
         torch.testing.assert_close(same_state, state)
         outputs.append(y)

@@ -114,5 +114,5 @@ def _from_the_right(
     for segment in reversed(segments[1:]):
         inputs = mixer.project_inputs(block.mixer_input(segment))
         found.append((entered, inputs if keeps_inputs else None))
-        _, _, entered = mixer.backward_ssm(inputs.flip(1), entered, outputs=None)
+        _, _, entered = mixer.backward_ssm(inputs, entered, stride=None, reverse=True)
     return [(entered, None), *reversed(found)]

@@ -21,7 +21,16 @@ from .compressor_segments import embed_in_segments, run_in_segments
 from .configuration_mambamia import MambaMiaCompressorConfig
 from .quantization import load_pretrained
 from .selective_scan import _kernel_selective_scan, selective_scan
-from .ssd import _kernel_causal_conv1d, _kernel_chunk_scan, causal_conv1d_silu, ssd_chunk_scan, ssd_final_states
+from .ssd import (
+    _kernel_causal_conv1d,
+    _kernel_chunk_scan,
+    causal_conv1d_silu,
+    gated,
+    gated_norm,
+    reads_backwards,
+    ssd_chunk_scan,
+    ssd_final_states,
+)
 from .vision_tower import does_more
 from .zero3 import largest_of_processes
 
@@ -86,9 +95,9 @@ class MambaMiaCausalConv1d(nn.Conv1d):
 
     bias: Tensor
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """`(batch_size, length, channels)` to the same shape; `context` as in `causal_conv1d_silu`."""
-        return causal_conv1d_silu(x, self.weight.squeeze(1), self.bias, context)
+    def forward(self, x: Tensor, context: Tensor | None = None, reverse: bool = False) -> Tensor:
+        """`(batch_size, length, channels)` to the same shape; the rest as in `causal_conv1d_silu`."""
+        return causal_conv1d_silu(x, self.weight.squeeze(1), self.bias, context, reverse)
 
 
 @use_kernelized_func([_kernel_chunk_scan, _kernel_causal_conv1d])
@@ -118,56 +127,65 @@ class MambaMiaMamba2SSM(nn.Module):
         self,
         inputs: Tensor,
         state: ScanState | None = None,
-        outputs: slice | None = slice(None),
+        stride: int | None = 1,
         length_scale: float = 1.0,
+        reverse: bool = False,
+        add: Tensor | None = None,
+        z: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, ScanState]:
         """
         Args:
             inputs: `(batch_size, length, intermediate_size + 2 * n_groups * state_size + num_heads)`: x, B, C and dt.
             state: what the scan left after the tokens before these; by default these are the first.
-            outputs: the tokens whose output is wanted. With none of them (`None`) only Δ and the state are computed,
-                at a fraction of the cost and without a gradient.
+            stride: the output of the last token of every `stride` is wanted. With `None` only Δ and the state are
+                computed, at a fraction of the cost and without a gradient.
             length_scale: how many times longer a sequence may seem to the scan, see `_lengthen_quiet_time`.
+            reverse: whether the scan runs from the last token to the first; then `state` is that behind the last.
+            add: `(batch_size, length // stride, intermediate_size)`, the other direction's output, to add to this one.
+            z: of the same shape, the gate.
 
         Returns:
-            The normed output of the scan before the gate `(batch_size, num_outputs, intermediate_size)`; Δ
+            The output of the scan, normed, with `add` and gated `(batch_size, length // stride, intermediate_size)`; Δ
             `(batch_size, length, num_heads)` in float32, without any `length_scale`; and the state after the last
-            token.
+            token of the scan.
         """
         config = self.config
+        flips = reverse and not reads_backwards(inputs)
+        if flips:
+            inputs, reverse = inputs.flip(1), False
         xBC, dt = inputs.split(self.input_split, dim=-1)
         conv, ssm = (None, None) if state is None else state
-        x, B, C = self.conv1d(xBC, conv).split(self.x_split, dim=-1)
+        x, B, C = self.conv1d(xBC, conv, reverse).split(self.x_split, dim=-1)
         x = x.unflatten(-1, (-1, config.head_dim))
         B, C = (tensor.unflatten(-1, (config.n_groups, -1)) for tensor in (B, C))
         delta = nn.functional.softplus(_full_precision(dt) + _full_precision(self.dt_bias))
         delta = delta.clamp(*config.time_step_limit)
         steps = _lengthen_quiet_time(delta, length_scale)
         A = -_full_precision(self.A_log).exp()
-        if outputs is None:
-            y, ssm = x[:, :0], ssd_final_states(x, steps, A, B, ssm)
+        inputs_left = self._last_inputs(xBC, conv, reverse)
+        if stride is None:
+            ssm = ssd_final_states(x, steps, A, B, ssm, reverse)
+            return x[:, :0].flatten(2), delta, ScanState(inputs_left, ssm)
+        y, ssm = ssd_chunk_scan(
+            x, steps, A, B, C, config.chunk_size, D=self.D, initial_states=ssm, return_final_states=True,
+            reverse=reverse,
+        )  # fmt: skip
+        y = y.flatten(2)
+        if flips:  # the last token of every stride is the first here
+            y, delta = y[:, ::stride].flip(1), delta.flip(1)
         else:
-            y, ssm = ssd_chunk_scan(
-                x, steps, A, B, C, config.chunk_size, D=self.D, initial_states=ssm, return_final_states=True
-            )
-            y = y[:, outputs]
-        return self._norm(y.flatten(2)), delta, ScanState(self._last_inputs(xBC, conv), ssm)
+            y = y[:, stride - 1 :: stride]
+        y = gated_norm(y, self.norm, config.rms_norm_eps, config.n_groups, add, z)
+        return y, delta, ScanState(inputs_left, ssm)
 
-    def _norm(self, y: Tensor) -> Tensor:
-        """RMS norm of each group of channels; `(batch_size, length, intermediate_size)` to the same shape."""
-        groups, weight, eps = self.config.n_groups, self.norm.to(y.dtype), self.config.rms_norm_eps
-        if groups == 1:
-            return nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
-        y = y.unflatten(-1, (groups, -1))
-        return nn.functional.rms_norm(y, y.shape[-1:], eps=eps).flatten(2) * weight
-
-    def _last_inputs(self, xBC: Tensor, conv: Tensor | None) -> Tensor:
+    def _last_inputs(self, xBC: Tensor, conv: Tensor | None, reverse: bool) -> Tensor:
         """The convolution's part of the state after `xBC`: its last `conv_kernel - 1` tokens, zeros before them."""
         reach = self.config.conv_kernel - 1
         if reach == 0:
             return xBC[:, :0]
         before = xBC.new_zeros(len(xBC), reach, xBC.shape[2]) if conv is None else conv
-        return torch.cat([before, xBC[:, -reach:]], dim=1)[:, -reach:]
+        recent = xBC[:, :reach].flip(1) if reverse else xBC[:, -reach:]
+        return torch.cat([before, recent], dim=1)[:, -reach:]
 
 
 @use_kernelized_func([_kernel_selective_scan, _kernel_causal_conv1d])
@@ -190,23 +208,32 @@ class MambaMiaMamba1SSM(nn.Module):
         self.D = nn.Parameter(torch.empty(channels))
 
     def forward(
-        self, inputs: Tensor, state: None = None, outputs: slice = slice(None), length_scale: float = 1.0
+        self,
+        inputs: Tensor,
+        state: None = None,
+        stride: int = 1,
+        length_scale: float = 1.0,
+        reverse: bool = False,
+        add: Tensor | None = None,
+        z: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, None]:
-        """As [`MambaMiaMamba2SSM`], but `inputs` is `(batch_size, length, intermediate_size)`, Δ is per channel, and
-        there is no state: this scan runs over whole sequences only.
+        """As [`MambaMiaMamba2SSM`], but `inputs` is `(batch_size, length, intermediate_size)`, Δ is per channel, there
+        is no norm, and no state: this scan runs over whole sequences only.
 
         Raises:
             ValueError: for a state.
         """
         if state is not None:
             raise ValueError("A Mamba-1 scan cannot start from a state; run it over the whole sequence.")
-        x = self.conv1d(inputs)
+        x = self.conv1d(inputs.flip(1) if reverse else inputs)
         dt, B, C = self.x_proj(x).split(self.x_split, dim=-1)
         delta = nn.functional.softplus(_full_precision(self.dt_proj(dt)) + _full_precision(self.dt_bias))
         delta = delta.clamp(*self.config.time_step_limit)
         steps = _lengthen_quiet_time(delta, length_scale)
         y = selective_scan(x, steps, -_full_precision(self.A_log).exp(), B, C, self.D)
-        return y[:, outputs], delta, None
+        if reverse:
+            y, delta = y.flip(1), delta.flip(1)
+        return gated(y[:, stride - 1 :: stride], add, z), delta, None
 
 
 def _part_of(linear: nn.Module, x: Tensor, features: slice) -> Tensor:
@@ -258,24 +285,24 @@ class MambaMiaMixer(nn.Module):
             after the last token (`None` for Mamba-1).
         """
         z, inputs = self.project(hidden_states, inputs)
-        y, delta, state = self.scan(inputs, forward_state, backward_state, length_scale=length_scale)
-        return self.out_proj(y * nn.functional.silu(z)), delta, state
+        u, delta, state = self.scan(z, inputs, forward_state, backward_state, length_scale=length_scale)
+        return self.out_proj(u), delta, state
 
     def scan(
         self,
+        z: Tensor,
         inputs: Tensor,
         forward_state: ScanState | None = None,
         backward_state: ScanState | None = None,
         stride: int = 1,
         length_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor, ScanState | None]:
-        """The sum of both directions' outputs, for the last token of every `stride`; the rest as in `forward`."""
-        last, first = slice(stride - 1, None, stride), slice(0, None, stride)
-        y, delta, state = self.forward_ssm(inputs, forward_state, last, length_scale)
+        """The gated sum of both directions' outputs, for the last token of every `stride`, for which z is given; the
+        rest as in `forward`."""
+        y = None
         if self.backward_ssm is not None:
-            y_backward, _, _ = self.backward_ssm(inputs.flip(1), backward_state, first, length_scale)
-            y = y + y_backward.flip(1)
-        return y, delta, state
+            y, _, _ = self.backward_ssm(inputs, backward_state, stride, length_scale, reverse=True)
+        return self.forward_ssm(inputs, forward_state, stride, length_scale, add=y, z=z)
 
     def project(self, hidden_states: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gate z and the inputs of the scans, unless the latter are known."""
@@ -405,12 +432,12 @@ class MambaMiaSpatialBlock(GradientCheckpointingLayer):
         mixer, states = self.mixer, (forward_state, backward_state)
         if self.gpa is None or self.gpa_placement != "post_mixer":
             inputs = mixer.project_inputs(mixer_input) if inputs is None else inputs
-            y, _, state = mixer.scan(inputs, *states, stride=self.row_length)
-            gate = nn.functional.silu(mixer.project_gate(self._anchors(mixer_input)))
-            return self._anchors(hidden_states) + mixer.out_proj(y * gate), state
+            z = mixer.project_gate(self._anchors(mixer_input))
+            u, _, state = mixer.scan(z, inputs, *states, stride=self.row_length)
+            return self._anchors(hidden_states) + mixer.out_proj(u), state
         z, inputs = mixer.project(mixer_input, inputs)
-        y, _, state = mixer.scan(inputs, *states)
-        h, u = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, y * nn.functional.silu(z)))
+        u, _, state = mixer.scan(z, inputs, *states)
+        h, u = (tensor.unflatten(1, (-1, self.row_length)) for tensor in (hidden_states, u))
         anchor = h[:, :, -1] + mixer.out_proj(u[:, :, -1])
         weights, gate = self.gpa.weigh(anchor.unsqueeze(2))
         averages = [(weights @ tensor[:, :, :-1]).squeeze(2) for tensor in (h, u)]

@@ -1,17 +1,22 @@
-"""The state-space scan of Mamba2 (SSD; Dao and Gu 2024) and its causal convolution, as pure functions.
+"""The state-space scan of Mamba2 (SSD; Dao and Gu 2024), its causal convolution and its norm, as pure functions.
 
-Every call picks its engine by the device of the tensors. On CUDA these are the official kernels where they can be
-imported (`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else, and without the kernels on CUDA
-it is PyTorch: `ssd_cpu.py` and `ssd_gpu.py` compute what `ssd_reference` below says, faster. Under
-`torch.compile` and `torch.export` `ssd_reference` itself runs, as one graph.
+Every call picks its engine by the device and the type of the tensors. In bfloat16 and float16 on an NVIDIA GPU these
+are the Triton kernels of `ssd_triton.py` and, where nothing needs a gradient, of `mixer_triton.py`. On a GPU where
+these do not run, and for the gradient of the convolution, they are the official kernels where these can be imported
+(`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else it is PyTorch: `ssd_cpu.py` and
+`ssd_gpu.py` compute what `ssd_reference` below says, faster. Under `torch.compile` and `torch.export` `ssd_reference`
+itself runs, as one graph.
 
 Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of a chunk.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
+from . import mixer_triton, ssd_triton
 from .ssd_cpu import chunk_scan as cpu_chunk_scan
 from .ssd_cpu import final_states as cpu_final_states
 from .ssd_gpu import chunk_scan as gpu_chunk_scan
@@ -37,6 +42,7 @@ def ssd_chunk_scan(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The selective scan $h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t x_t$, $y_t = C_t h_t + D x_t$, chunk by chunk.
 
@@ -58,6 +64,7 @@ def ssd_chunk_scan(
         dt_softplus: whether Δ is the softplus of the biased `dt`.
         dt_limit: Δ is clamped to this range, which holds nothing negative.
         return_final_states: whether to return the states after the last token as well.
+        reverse: whether the scan runs from the last token, which is then its first, to the first.
 
     Returns:
         `y (b, l, h, p)` in the type of x; with `return_final_states` a pair of it and the states `(b, h, p, n)`.
@@ -75,8 +82,12 @@ def ssd_chunk_scan(
             f"x {tuple(x.shape)} needs B and C of one shape (b, l, groups, state) with groups dividing the heads, "
             f"not {tuple(B.shape)}, {tuple(C.shape)}."
         )
-    scan = _kernel_chunk_scan if _has_kernels(x) else _torch_chunk_scan
-    return scan(
+    flips = reverse and not _has_triton(x)
+    if flips:
+        x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
+    official = _has_kernels(x) and not _has_triton(x)
+    scan = _kernel_chunk_scan if official else partial(_torch_chunk_scan, reverse=reverse and not flips)
+    y, states = scan(
         x,
         dt,
         A,
@@ -88,8 +99,21 @@ def ssd_chunk_scan(
         initial_states=initial_states,
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
-        return_final_states=return_final_states,
+        return_final_states=True,
     )
+    y = y.flip(1) if flips else y
+    return (y, states) if return_final_states else y
+
+
+def reads_backwards(x: Tensor) -> bool:
+    """Whether the functions here read a tensor from its end without flipping it, as the Triton kernels do; these run
+    where nothing needs a gradient and no graph is made."""
+    return not torch.is_grad_enabled() and _has_triton(x)
+
+
+def _has_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels may run."""
+    return not torch.compiler.is_compiling() and mixer_triton.runs_on(x)
 
 
 def ssd_reference(
@@ -188,7 +212,9 @@ def _decay_between(log_decay: Tensor) -> Tensor:
     return (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
 
 
-def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states: Tensor | None = None) -> Tensor:
+def ssd_final_states(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states: Tensor | None = None, reverse: bool = False
+) -> Tensor:
     """The states after the last token alone, at a fraction of the price of `ssd_chunk_scan` but without a gradient.
 
     Args:
@@ -197,13 +223,19 @@ def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_states
         A: `(h,)`, negative.
         B: `(b, l, g, n)`.
         initial_states: `(b, h, p, n)`, zero where absent.
+        reverse: whether the scan runs from the last token to the first.
 
     Returns:
         `(b, h, p, n)`, in float32 (float64 for float64 inputs).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    states = _states(x, B, initial_states, dtype)
+    if reads_backwards(x):
+        return ssd_triton.final_states(x, dt, A, B, states, reverse)
+    if reverse:
+        x, dt, B = (tensor.flip(1) for tensor in (x, dt, B))
     final_states = gpu_final_states if x.is_cuda else cpu_final_states
-    return final_states(x, dt.to(dtype), A.to(dtype), B, _states(x, B, initial_states, dtype))
+    return final_states(x, dt.to(dtype), A.to(dtype), B, states)
 
 
 def _states(x: Tensor, B: Tensor, initial_states: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -212,7 +244,9 @@ def _states(x: Tensor, B: Tensor, initial_states: Tensor | None, dtype: torch.dt
     return x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=dtype)
 
 
-def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
+def causal_conv1d_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None, reverse: bool = False
+) -> Tensor:
     """Depthwise causal convolution along the length, then SiLU.
 
     Args:
@@ -220,10 +254,15 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor 
         weight: `(d, k)`; the last of the k taps weighs the token itself.
         bias: `(d,)`.
         context: `(b, k - 1, d)`, the tokens before x, zero where absent.
+        reverse: whether the last token of x is the first; the context is in the order of the convolution, too.
 
     Returns:
         `(b, l, d)`.
     """
+    if reads_backwards(x):
+        return mixer_triton.causal_conv1d_silu(x, weight, bias, context, reverse)
+    if reverse:
+        return causal_conv1d_silu(x.flip(1), weight, bias, context).flip(1)
     conv = _kernel_causal_conv1d if _has_kernels(x) else _torch_causal_conv1d
     if context is not None:
         x = torch.cat([context, x], dim=1)
@@ -232,6 +271,40 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor 
         x = x.contiguous()
     y = conv(x, weight, bias, activation="silu").transpose(1, 2)
     return y if context is None else y[:, context.shape[1] :]
+
+
+def gated_norm(
+    y: Tensor, weight: Tensor, eps: float, groups: int = 1, add: Tensor | None = None, z: Tensor | None = None
+) -> Tensor:
+    r"""$(\mathrm{RMSNorm}(y) + a) \odot \mathrm{silu}(z)$: the output of a scan, normed, with that of the other
+    direction where there is one, and gated where there is a gate.
+
+    Args:
+        y: `(b, l, d)`.
+        weight: of the norm, `(d,)`.
+        eps: of the norm.
+        groups: of channels that are normed apart.
+        add: a, `(b, l, d)`.
+        z: the gate, `(b, l, d)`.
+
+    Returns:
+        `(b, l, d)`.
+    """
+    if reads_backwards(y):
+        return mixer_triton.gated_norm(y, weight, eps, groups, add, z)
+    weight = weight.to(y.dtype)
+    if groups == 1:
+        y = nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
+    else:
+        y = y.unflatten(-1, (groups, -1))
+        y = nn.functional.rms_norm(y, y.shape[-1:], eps=eps).flatten(2) * weight
+    return gated(y, add, z)
+
+
+def gated(y: Tensor, add: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    """`gated_norm` without the norm."""
+    y = y if add is None else y + add
+    return y if z is None else y * nn.functional.silu(z)
 
 
 def _torch_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -258,6 +331,7 @@ def _torch_chunk_scan(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     delta = dt.to(dtype)
@@ -268,10 +342,14 @@ def _torch_chunk_scan(
     delta = delta.clamp(*dt_limit)
     skip = D if D is not None and D.dim() == 1 else torch.zeros_like(A)
     states = _states(x, B, initial_states, dtype)
-    scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
+    arguments = (x, delta, A.to(dtype), B, C, skip.to(dtype), states)
     if torch.compiler.is_compiling():
-        scan, chunk_size = ssd_reference, min(chunk_size, _REFERENCE_CHUNK_SIZE)
-    y, final_states = scan(x, delta, A.to(dtype), B, C, skip.to(dtype), states, chunk_size)
+        y, final_states = ssd_reference(*arguments, min(chunk_size, _REFERENCE_CHUNK_SIZE))
+    elif _has_triton(x):
+        y, final_states = ssd_triton.chunk_scan(*arguments, reverse)
+    else:
+        scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
+        y, final_states = scan(*arguments, chunk_size)
     if D is not None and D.dim() == 2:
         y = y + (x * D).to(y.dtype)
     return (y, final_states) if return_final_states else y
