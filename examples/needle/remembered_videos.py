@@ -1,14 +1,11 @@
-"""Videos and stills as a model remembers them, and what is asked about them.
+"""Videos and stills as a model remembers them.
 
-The vision tower and the compressor look at a video once. After that its frames are a few numbers each, and at every
-look any of them can be dropped, as frame selection does, and have any time. Stills are in between, lest the language
-model forgets them.
+The vision tower and the compressor look at a video once. After that its frames are a few numbers each.
 """
 
 import random
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,7 @@ import torch
 from torch import Tensor
 
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor, VideoMemory
-from mambamia_hf.frame_selection import select_frames
 
-from .conversations import Asked, ask_about_still, ask_about_video
 from .evaluate import load
 from .plan import TASKS, Needle, NeedleVideo, plan_video
 from .training_data import spaced_video
@@ -27,12 +22,8 @@ from .video import needle_frames, write_needle_video
 
 FIRST_SEED = 100_000  # of videos and stills that no other stage learns from
 LENGTHS = (16, 32, 64, 128, 256, 384, 384, 384)  # frames of a video, each with the same probability
-LONG = 256
 TASK_WEIGHTS = {"retrieval": 3, "when": 3, "ordering": 2, "counting": 2, "nothing": 1}
-QUESTIONS_PER_STILL = 4
 STILLS_PER_SEED = 4
-SHARE_OF_STILLS = 0.25  # of looks
-HOUR = 3600.0
 
 
 def video_settings(seed: int) -> dict[str, Any]:
@@ -110,74 +101,3 @@ def remember_stills(
     pixels = processor.image_processor(list(images), return_tensors="pt")
     tokens = model.get_image_features(**pixels).pooler_output
     return [RememberedStill(needle, still[None]) for needle, still in zip(needles, tokens, strict=True)]
-
-
-@dataclass(frozen=True)
-class Look:
-    """One look at a video, at the frames that are kept, or at a still, and what is asked about it.
-
-    Args:
-        tokens: `(num_kept_frames, tokens_per_frame, hidden_size)`.
-        times: of these frames, in seconds; None for a still.
-        asked: the questions.
-    """
-
-    tokens: Tensor
-    times: list[float] | None
-    asked: list[Asked]
-
-
-class Looks:
-    """Random looks at videos and stills; at long videos and tasks that are hard to learn more often.
-
-    Args:
-        videos, stills: to look at.
-        rng: what is drawn from.
-    """
-
-    def __init__(self, videos: Sequence[RememberedVideo], stills: Sequence[RememberedStill], rng: random.Random):
-        self.videos, self.stills, self.rng = videos, stills, rng
-        self.weights = [TASK_WEIGHTS[video.plan.task] * (2 if len(video.deltas) >= LONG else 1) for video in videos]
-
-    def draw(self, most_frames: int) -> Look:
-        """A look at a still, or at no more than `most_frames` frames of a video beside those where needles appear."""
-        rng = self.rng
-        if self.stills and rng.random() < SHARE_OF_STILLS:
-            still = rng.choice(self.stills)
-            return Look(still.tokens, None, [ask_about_still(still.needle, rng) for _ in range(QUESTIONS_PER_STILL)])
-        (video,) = rng.choices(self.videos, self.weights)
-        times = random_times(len(video.deltas), rng)
-        kept = random_frames(video, most_frames, rng)
-        plan = replace(
-            video.plan,
-            needles=[
-                replace(needle, start=times[frame])
-                for needle, frame in zip(video.plan.needles, video.first_frames, strict=True)
-            ],
-        )
-        return Look(video.tokens[kept], [times[frame] for frame in kept], ask_about_video(plan, rng))
-
-
-def random_times(num_frames: int, rng: random.Random) -> list[float]:
-    """Times of evenly spaced frames, from half a second apart to over a whole hour, which is the most frequent."""
-    span = HOUR if rng.random() < 0.4 else HOUR * (0.5 * num_frames / HOUR) ** rng.random()
-    start = rng.uniform(0, HOUR - span) if rng.random() < 0.3 else 0.0
-    return [start + span * frame / num_frames for frame in range(num_frames)]
-
-
-def random_frames(video: RememberedVideo, most: int, rng: random.Random) -> list[int]:
-    """The numbers of kept frames: all of them, some by Δ or some at random; always those where needles appear.
-
-    There are at most `most` others.
-    """
-    num_frames, needles = len(video.deltas), video.first_frames
-    keep = torch.ones(num_frames, dtype=torch.bool)
-    if num_frames > most or rng.random() < 0.5:
-        count = max(1, round(rng.uniform(0.2, 1.0) * min(num_frames, most)))
-        if rng.random() < 0.5:
-            keep = select_frames(video.deltas[None], keep_frames=count)[0]
-        else:
-            keep = torch.zeros(num_frames, dtype=torch.bool)
-            keep[rng.sample(range(num_frames), count)] = True
-    keep[needles] = True
-    return keep.nonzero()[:, 0].tolist()

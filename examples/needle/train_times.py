@@ -29,11 +29,10 @@ from mambamia_hf.frame_times import time_ids
 from mambamia_hf.versions import CACHE_NAME
 
 from .evaluate import load, worker_pool
+from .looks import Look, Looks
 from .remembered_videos import (
     FIRST_SEED,
     STILLS_PER_SEED,
-    Look,
-    Looks,
     RememberedStill,
     RememberedVideo,
     remember,

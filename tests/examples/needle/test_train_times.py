@@ -1,7 +1,9 @@
 import pytest
 import torch
 from needle import remembered_videos
-from needle.remembered_videos import STILLS_PER_SEED, Asked, Look, remember_stills
+from needle.conversations import Asked
+from needle.looks import Look
+from needle.remembered_videos import STILLS_PER_SEED, remember_stills
 from needle.small_model import build_model, build_processor
 from needle.train_times import Reader, Training, main, most_frames
 from needle.video import needle_frames
@@ -92,7 +94,7 @@ def test_the_command_goes_on_where_it_stopped(model_and_processor, tmp_path, mon
     model, processor = model_and_processor
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--memories", str(tmp_path / "memories"), "--num_videos", "2"]
+    arguments = ["--model", str(tmp_path / "model"), "--memories", str(tmp_path / "memories"), "--num_videos", "5"]
     arguments += ["--num_stills", "4", "--output", str(tmp_path / "out"), "--workers", "1", "--save_steps", "1"]
     main([*arguments, "--max_steps", "2"])
     steps = []
@@ -100,4 +102,4 @@ def test_the_command_goes_on_where_it_stopped(model_and_processor, tmp_path, mon
     monkeypatch.setattr(Training, "take_step", lambda self: steps.append(self.step) or take_step(self))
     main([*arguments, "--max_steps", "3"])
     assert steps == [2]
-    assert len(list((tmp_path / "memories").glob("*.memory"))) == 2
+    assert len(list((tmp_path / "memories").glob("*.memory"))) == 5
