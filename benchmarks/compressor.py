@@ -1,15 +1,18 @@
 """The compressor: a block and its parts, reading only anchors, growth with the frames, and the full size.
 
 python benchmarks/compressor.py --parts block layers growth full
+python benchmarks/compressor.py --parts block full --dtypes float32 bfloat16    # where bfloat16 is multiplied fast
 """
 
 import argparse
+import copy
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from measure import extra_bytes, median_seconds, peak_rss, plot, report
+from measure import extra_bytes, median_seconds, peak_rss, plot, report, restart_peak
 
 from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig
 from mambamia_hf.modeling_compressor import MambaMiaSpatialBlock
@@ -24,14 +27,16 @@ def spatial_block(config: MambaMiaCompressorConfig) -> MambaMiaSpatialBlock:
     return MambaMiaCompressor(config).eval().layers[0]
 
 
-def projections(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
+def projections(config: MambaMiaCompressorConfig, length: int, dtype: torch.dtype) -> Callable[[], None]:
     """in_proj and out_proj alone."""
     width = 2 * config.intermediate_size + 2 * config.n_groups * config.state_size + config.num_heads
-    in_proj, out_proj = (
-        torch.randn(width, config.hidden_size),
-        torch.randn(config.hidden_size, config.intermediate_size),
+    shapes = (
+        (width, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+        (length, config.hidden_size),
+        (length, config.intermediate_size),
     )
-    x, gated = torch.randn(length, config.hidden_size), torch.randn(length, config.intermediate_size)
+    in_proj, out_proj, x, gated = (torch.randn(*shape).to(dtype) for shape in shapes)
 
     def run():
         torch.nn.functional.linear(x, in_proj)
@@ -40,12 +45,12 @@ def projections(config: MambaMiaCompressorConfig, length: int) -> Callable[[], N
     return run
 
 
-def scans(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
+def scans(config: MambaMiaCompressorConfig, length: int, dtype: torch.dtype) -> Callable[[], None]:
     """The scans of both directions alone."""
-    x = torch.randn(1, length, config.num_heads, config.head_dim)
+    x = torch.randn(1, length, config.num_heads, config.head_dim).to(dtype)
     delta = torch.empty(1, length, config.num_heads).uniform_(config.time_step_min, config.time_step_max)
     A = -torch.empty(config.num_heads).uniform_(*config.A_init_range)
-    B, C = torch.randn(2, 1, length, config.n_groups, config.state_size)
+    B, C = torch.randn(2, 1, length, config.n_groups, config.state_size).to(dtype)
     D = torch.ones(config.num_heads)
 
     def run():
@@ -55,27 +60,36 @@ def scans(config: MambaMiaCompressorConfig, length: int) -> Callable[[], None]:
     return run
 
 
-def block() -> list[dict]:
+def block(dtypes: list[str]) -> list[dict]:
     """One full-width block on 1,200 tokens, which are one segment on a CPU."""
     config, length = MambaMiaCompressorConfig(**FULL_SIZE), 1200
-    layer, hidden_states = spatial_block(config), torch.randn(1, length, config.hidden_size)
-    seconds = median_seconds(
-        {
-            "block": lambda: layer(hidden_states),
-            "in_proj and out_proj": projections(config, length),
-            "both scans": scans(config, length),
+    start, rows = torch.randn(1, length, config.hidden_size), []
+    layer = spatial_block(config)
+    added = layer(start) - start
+    contestants = {}
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        contestants |= {
+            ("block", name): partial(copy.deepcopy(layer).to(dtype), start.to(dtype)),
+            ("in_proj and out_proj", name): projections(config, length, dtype),
+            ("both scans", name): scans(config, length, dtype),
         }
-    )
-    return [
-        {
+    seconds = median_seconds(contestants)
+    for (who, name), value in seconds.items():
+        row = {
             "part": "block",
             "who": who,
+            "dtype": name,
             "tokens": length,
             "us per token": value / length * 1e6,
-            "share of the block's time": value / seconds["block"],
+            "share of the block's time": value / seconds["block", name],
+            f"times {dtypes[0]}": value / seconds[who, dtypes[0]],
         }
-        for who, value in seconds.items()
-    ]
+        if who == "block":
+            error = contestants[who, name]() - start - added
+            row["relative rms error"] = (error.norm() / added.norm()).item()
+        rows.append(row)
+    return rows
 
 
 def layers() -> list[dict]:
@@ -143,11 +157,14 @@ def growth() -> list[dict]:
     return rows
 
 
-def full(frames: int) -> list[dict]:
+def full(frames: int, dtype_name: str) -> list[dict]:
     """The full-size compressor: its time by stage, and the most memory that the process held."""
-    compressor = MambaMiaCompressor(MambaMiaCompressorConfig(**FULL_SIZE)).eval()
-    patch_features = torch.randn(1, frames, 576, FULL_SIZE["input_size"])
+    dtype = getattr(torch, dtype_name)
+    compressor = MambaMiaCompressor(MambaMiaCompressorConfig(**FULL_SIZE)).eval().to(dtype)
+    patch_features = torch.randn(1, frames, 576, FULL_SIZE["input_size"]).to(dtype)
     marks = []
+    gc.collect()
+    restart_peak()
 
     def mark(*_):
         marks.append(time.perf_counter())
@@ -162,19 +179,28 @@ def full(frames: int) -> list[dict]:
     names = ["input projection", *(f"stage 1, block {index + 1}" for index in range(len(compressor.layers)))]
     names += ["stage 2", "output projection"]
     seconds = {name: end - start for name, start, end in zip(names, marks[:-1], marks[1:], strict=True)}
+    about = {"part": "full", "dtype": dtype_name, "frames": frames}
     return [
-        {"part": "full", "frames": frames, "stage": name, "seconds": value, "ms per frame": value / frames * 1e3}
-        for name, value in {**seconds, "all": sum(seconds.values())}.items()
-    ] + [{"part": "full", "frames": frames, "stage": "peak resident GB", "GB": peak_rss() / 1e9}]
+        {**about, "stage": stage, "seconds": value, "ms per frame": value / frames * 1e3}
+        for stage, value in {**seconds, "all": sum(seconds.values())}.items()
+    ] + [{**about, "stage": "peak resident GB", "GB": peak_rss() / 1e9}]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=["block", "layers", "growth", "full"], required=True)
     parser.add_argument("--frames", type=int, default=384, help="number of frames of the part full")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of the parts block and full"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    parts = {"block": block, "layers": layers, "growth": growth, "full": lambda: full(arguments.frames)}
+    parts = {
+        "block": lambda: block(arguments.dtypes),
+        "layers": layers,
+        "growth": growth,
+        "full": lambda: [row for name in arguments.dtypes for row in full(arguments.frames, name)],
+    }
     with torch.no_grad():
         for part in arguments.parts:
             report(f"compressor_{part}", parts[part]())

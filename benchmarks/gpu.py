@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from whole_path import compressor_flops, prefill_flops
 
-from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, MambaMiaConfig, mixer_triton, select_frames, ssd
+from mambamia_hf import MambaMiaCompressor, MambaMiaCompressorConfig, MambaMiaConfig, select_frames, ssd
 
 
 DTYPE = torch.bfloat16
@@ -82,15 +82,15 @@ def engine_of(name: str) -> Iterator[None]:
     """Within it scan, convolution and norm are those of one engine."""
     kernels = ("chunk_scan", "causal_conv1d")
     before = {kernel: getattr(ssd, f"_kernel_{kernel}") for kernel in kernels}
-    runs_on = mixer_triton.runs_on
+    has_triton = ssd._has_triton
     if name != TRITON:
-        mixer_triton.runs_on = lambda x: False
+        ssd._has_triton = lambda x: False
     for kernel in kernels if name == PYTORCH else ():
         setattr(ssd, f"_kernel_{kernel}", getattr(ssd, f"_torch_{kernel}"))
     try:
         yield
     finally:
-        mixer_triton.runs_on = runs_on
+        ssd._has_triton = has_triton
         for kernel, official in before.items():
             setattr(ssd, f"_kernel_{kernel}", official)
 

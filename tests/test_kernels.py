@@ -104,7 +104,7 @@ def device():
 @pytest.fixture
 def without_triton(monkeypatch):
     """As where Triton cannot build kernels."""
-    monkeypatch.setattr(mixer_triton, "runs_on", lambda x: False)
+    monkeypatch.setattr(ssd, "_has_triton", lambda x: False)
 
 
 @pytest.fixture

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
-from . import mixer_triton, ssd_triton
+from .mixer_triton import causal_conv1d_silu as triton_causal_conv1d_silu
+from .mixer_triton import gated_norm as triton_gated_norm
+from .mixer_triton import runs_on as triton_runs_on
 from .ssd_cpu import chunk_scan as cpu_chunk_scan
 from .ssd_cpu import final_states as cpu_final_states
 from .ssd_gpu import chunk_scan as gpu_chunk_scan
 from .ssd_gpu import final_states as gpu_final_states
+from .ssd_triton import chunk_scan as triton_chunk_scan
+from .ssd_triton import final_states as triton_final_states
 
 
 # `ssd_reference` has a weight per head and pair of tokens of a chunk, so short chunks cost less.
@@ -113,7 +117,7 @@ def reads_backwards(x: Tensor) -> bool:
 
 def _has_triton(x: Tensor) -> bool:
     """Whether the Triton kernels may run."""
-    return not torch.compiler.is_compiling() and mixer_triton.runs_on(x)
+    return not torch.compiler.is_compiling() and triton_runs_on(x)
 
 
 def ssd_reference(
@@ -231,7 +235,7 @@ def ssd_final_states(
     dtype = torch.promote_types(x.dtype, torch.float32)
     states = _states(x, B, initial_states, dtype)
     if reads_backwards(x):
-        return ssd_triton.final_states(x, dt, A, B, states, reverse)
+        return triton_final_states(x, dt, A, B, states, reverse)
     if reverse:
         x, dt, B = (tensor.flip(1) for tensor in (x, dt, B))
     final_states = gpu_final_states if x.is_cuda else cpu_final_states
@@ -260,7 +264,7 @@ def causal_conv1d_silu(
         `(b, l, d)`.
     """
     if reads_backwards(x):
-        return mixer_triton.causal_conv1d_silu(x, weight, bias, context, reverse)
+        return triton_causal_conv1d_silu(x, weight, bias, context, reverse)
     if reverse:
         return causal_conv1d_silu(x.flip(1), weight, bias, context).flip(1)
     conv = _kernel_causal_conv1d if _has_kernels(x) else _torch_causal_conv1d
@@ -291,7 +295,7 @@ def gated_norm(
         `(b, l, d)`.
     """
     if reads_backwards(y):
-        return mixer_triton.gated_norm(y, weight, eps, groups, add, z)
+        return triton_gated_norm(y, weight, eps, groups, add, z)
     weight = weight.to(y.dtype)
     if groups == 1:
         y = nn.functional.rms_norm(y, y.shape[-1:], weight, eps)
@@ -346,7 +350,7 @@ def _torch_chunk_scan(
     if torch.compiler.is_compiling():
         y, final_states = ssd_reference(*arguments, min(chunk_size, _REFERENCE_CHUNK_SIZE))
     elif _has_triton(x):
-        y, final_states = ssd_triton.chunk_scan(*arguments, reverse)
+        y, final_states = triton_chunk_scan(*arguments, reverse)
     else:
         scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
         y, final_states = scan(*arguments, chunk_size)
