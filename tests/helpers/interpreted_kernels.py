@@ -9,21 +9,19 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.interpreter import InterpreterBuilder
+from triton_on_cpu import stand_in_for_the_gpu
 
 
-def stand_in_for_the_gpu():
-    """Puts something in place of the little around the kernels that needs a GPU; the kernels stay what they are."""
-    torch.cuda.device = lambda index: nullcontext()
+def stand_in_for_mamba_ssm():
+    """Puts something in place of the little around its kernels that needs a GPU; the kernels stay what they are."""
+    stand_in_for_the_gpu()
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=1)
     package = ModuleType("mamba_ssm")  # its own __init__ imports the compiled extension
     package.__path__ = find_spec("mamba_ssm").submodule_search_locations
@@ -34,17 +32,6 @@ def stand_in_for_the_gpu():
         initialize(tuner, fn, arg_names, configs[:1], *args, **kwargs)
 
     Autotuner.__init__ = with_the_first_config
-    dot = InterpreterBuilder.create_dot
-
-    def dot_of_values(builder, a, b, *args):
-        """The interpreter multiplies the bits of bfloat16 numbers as integers; a GPU multiplies their values."""
-        a, b = (
-            builder.cast_impl(tensor, tl.float32) if tensor.dtype.scalar == tl.bfloat16 else tensor
-            for tensor in (a, b)
-        )
-        return dot(builder, a, b, *args)
-
-    InterpreterBuilder.create_dot = dot_of_values
 
 
 SEQUENCE_LENGTH = 70
@@ -97,7 +84,7 @@ def observed(kernel: Callable) -> Callable:
     return wrapped
 
 
-stand_in_for_the_gpu()
+stand_in_for_mamba_ssm()
 from mamba_ssm.ops.triton import ssd_combined  # noqa: E402
 
 
