@@ -29,6 +29,7 @@ def test_pytorch_runs_where_triton_cannot_build_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: torch.empty(1))
     monkeypatch.setattr(mixer_triton, "causal_conv1d_silu", build_nothing)
+    monkeypatch.setattr(mixer_triton, "_LOWEST_TRITON", (0, 0))
     with pytest.warns(
         UserWarning, match="slower ones of PyTorch run .Failed to find C compiler.. Install a C compiler"
     ):
@@ -48,3 +49,10 @@ with torch.no_grad():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "torch.Size([1, 2, 3, 3584])" in done.stdout, done.stderr
+
+
+@has_triton
+def test_pytorch_runs_with_a_triton_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(mixer_triton, "_LOWEST_TRITON", (1000, 0))
+    assert not mixer_triton._works.__wrapped__(torch.device("cuda"))

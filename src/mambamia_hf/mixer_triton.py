@@ -23,6 +23,8 @@ except ImportError:  # a machine that needs no kernels for a GPU
 
 # Tokens and channels that a program of the convolution takes.
 _CONV_TOKENS, _CONV_CHANNELS = 32, 128
+# The compiler of 3.2 aborts the process at one of the kernels.
+_LOWEST_TRITON = (3, 3)
 # From this many channels on, a program of the norm has eight warps.
 _WIDE = 2048
 
@@ -39,6 +41,8 @@ def runs_on(x: Tensor) -> bool:
 def _works(device: torch.device) -> bool:
     """Whether Triton can build kernels for a GPU. It also needs a C compiler and Python's headers."""
     if triton is None or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LOWEST_TRITON:
         return False
     try:
         x, weight, bias = (torch.ones(shape, device=device) for shape in ((1, 1, 1), (1, 1), (1,)))

@@ -282,8 +282,9 @@ def _state_kernel(
     state, over_part = tl.zeros((N, P), tl.float32), 0.0
     if OF_CHUNKS:
         state += tl.load(states, mask=is_number, other=0)
-    for index in range(CHUNKS):
-        chunk = CHUNKS - 1 - index if ADJOINT else index
+    num_chunks = tl.minimum(CHUNKS, tl.cdiv(length, CHUNK) - part * CHUNKS)
+    for index in range(num_chunks):
+        chunk = num_chunks - 1 - index if ADJOINT else index
         if OF_CHUNKS:
             row = (batch * tl.num_programs(1) + tl.program_id(1)) * CHUNKS + chunk
             tl.store(before + ((row * heads + head) * STATE + n) * HEAD_DIM + p, state, mask=is_number)
@@ -337,7 +338,7 @@ def _output_kernel(
     row = (batch * tl.num_programs(1) + part) * heads + head
     is_number = (n < STATE)[:, None] & (p < HEAD_DIM)[None, :]
     state = tl.load(entered + (row * HEAD_DIM + p[None, :]) * STATE + n[:, None], mask=is_number, other=0)
-    for chunk in range(CHUNKS):
+    for chunk in range(tl.minimum(CHUNKS, tl.cdiv(length, CHUNK) - part * CHUNKS)):
         token, is_there = _tokens_of(part * CHUNKS + chunk, length, CHUNK, REVERSE)
         step, L, last = _decay_of(delta, token, is_there, rate_)
         x_ = _tile(x, token, x_token, is_there, HEAD_DIM, P)
