@@ -52,7 +52,7 @@ train video clips videos "${TWELVE_VIDEOS[@]}" --max_steps 2500 --learning_rate 
 train long_video video videos "${TWELVE_VIDEOS[@]}" --max_steps 500 --learning_rate 5e-4 --frame_dropout 0.8 \
     --length_scale 12
 
-# At last the language model alone learns to read whole hours, on what the model remembers of new videos, and not to
-# forget stills.
+# At last the language model alone learns to read whole hours, on what the model remembers of new videos and on videos
+# spliced from these, and not to forget stills.
 python -m needle.train_times --model "$OUT/long_video" --memories "$OUT/memories" --output "$OUT/times" \
-    --num_videos 1000 --max_steps 5000 --learning_rate 8e-4
+    --num_videos 1000 --max_steps 7000 --learning_rate 1e-3
