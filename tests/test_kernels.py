@@ -205,12 +205,12 @@ def test_triton_convolution_and_norm_on_a_gpu(device, dtype, tolerance, reverse)
 
 
 @gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_pytorch_engine_on_a_gpu(device, without_kernels, dtype, tolerance):
+@pytest.mark.parametrize(("dtype", "tolerance", "of_A"), [(torch.float32, 1e-4, 1e-4), (torch.bfloat16, 2e-2, 0.1)])
+def test_pytorch_engine_on_a_gpu(device, without_kernels, dtype, tolerance, of_A):
     actual = scan_and_gradients(ssd_chunk_scan, scan_inputs(device, dtype))
     expected = scan_and_gradients(ssd_chunk_scan, scan_inputs("cpu", dtype))
-    # A's is the small difference of large sums, whose terms this engine rounds to bfloat16.
-    assert_all_near({"A": actual.pop("A")}, {"A": expected.pop("A")}, 5 * tolerance)
+    # A's is the small difference of large sums, whose terms this engine rounds to the type of x.
+    assert_all_near({"A": actual.pop("A")}, {"A": expected.pop("A")}, of_A)
     assert_all_near(actual, expected, tolerance)
 
 
