@@ -7,7 +7,7 @@
     generate, evaluate      commands: write a data set, score a checkpoint on fresh videos
 
 `run.sh` trains the bundled model from nothing. It uses `small_model`, `training_data`, `pretrain_vision` and
-`train_times`, which learns from `looks` at `remembered_videos` and `spliced_videos`.
+`train_times`, which learns from `looks` at `seen_videos` and `spliced_videos`.
 
 The commands are modules of this package: `PYTHONPATH=examples python -m needle.generate --help`.
 """

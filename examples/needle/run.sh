@@ -21,6 +21,7 @@ finished() { [ -f "$OUT/$1/trainer_state.json" ]; }
 python -m needle.training_data stills --output "$OUT/data/stills" --count 8000
 python -m needle.training_data clips --output "$OUT/data/clips" --count 3000
 python -m needle.training_data videos --output "$OUT/data/videos" --count 4500
+python -m needle.training_data long_videos --output "$OUT/data/long_videos" --count 700
 
 # As nothing is downloaded, the vision tower has to learn, too. From here on it is frozen. Frames take as long to make
 # as to learn from, so two processes make them.
@@ -28,11 +29,14 @@ finished vision || python -m needle.pretrain_vision --output_dir "$OUT/vision" \
     --max_steps 4000 --per_device_train_batch_size 8 --learning_rate 2e-3 --warmup_steps 0.1 "${TRAINING[@]}" \
     --dataloader_num_workers 2
 
-# Its features of all stills, clips and videos, in folders of their own, for clips have the names of videos.
-for KIND in stills clips videos; do
-    python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/data/$KIND/records/train.jsonl" \
-        --media_folder "$OUT/data/$KIND" --output "$OUT/features/$KIND" --num_frames 128
-done
+# features KIND FRAMES: its features of all stills, clips or videos, in folders of their own, for clips have the names of
+# videos.
+features() {
+    python -m mambamia_hf.training.features --model "$OUT/vision" --data "$OUT/data/$1/records/train.jsonl" \
+        --media_folder "$OUT/data/$1" --output "$OUT/features/$1" --num_frames "$2"
+}
+for KIND in stills clips videos; do features "$KIND" 128; done
+features long_videos 384
 
 # train NAME MODEL KIND ARGUMENTS...: trains $OUT/NAME from $OUT/MODEL on stills, clips or videos.
 train() {
@@ -52,7 +56,7 @@ train video clips videos "${TWELVE_VIDEOS[@]}" --max_steps 2500 --learning_rate 
 train long_video video videos "${TWELVE_VIDEOS[@]}" --max_steps 500 --learning_rate 5e-4 --frame_dropout 0.8 \
     --length_scale 12
 
-# At last the language model alone learns to read whole hours, on what the model remembers of new videos and on videos
-# spliced from these, and not to forget stills.
-python -m needle.train_times --model "$OUT/long_video" --memories "$OUT/memories" --output "$OUT/times" \
-    --num_videos 1000 --max_steps 7000 --learning_rate 1e-3
+# At last compressor and language model learn to read whole hours, most of them put together from frames of others, and
+# not to forget stills.
+python -m torch.distributed.run --nproc_per_node 2 -m needle.train_times --model "$OUT/long_video" \
+    --features "$OUT/features/long_videos" --output "$OUT/times" --max_steps 6500

@@ -1,11 +1,12 @@
-"""Teaches the small model's language model times over an hour; vision tower and compressor stay as they are.
+"""Teaches the small model to read whole hours: the compressor and the language model; the vision tower stays as it is.
 
-    PYTHONPATH=examples python -m needle.train_times --model long_video --memories memories --output times
+    PYTHONPATH=examples python -m torch.distributed.run --nproc_per_node 2 -m needle.train_times \
+        --model long_video --features features/long_videos --output times
 
-The model looks at every video once and remembers it; the memories are kept in a folder. In a step the language model
-reads one long video or a few shorter ones, with stills in between, once for all questions about it: a question sees
-the video and itself. What is written is the average of the weights of the last few hundred steps. A second call goes
-on where the first stopped.
+`needle.training_data` writes `long_videos`, and `mambamia_hf.training.features` their features. In a step every
+process reads one long video or a few shorter ones, with stills in between, once for all questions about it: a question
+sees the video and itself. What is written is the average of the weights of the last few hundred steps. A second call
+goes on where the first stopped. For a model of this size, two processes are faster than two threads.
 """
 
 import argparse
@@ -14,48 +15,58 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 from transformers import DynamicCache, get_cosine_schedule_with_warmup
 
 from mambamia_hf import MambaMiaForConditionalGeneration, MambaMiaProcessor
 from mambamia_hf.files import atomic_write
 from mambamia_hf.frame_times import time_ids
+from mambamia_hf.training.media import MediaReader, VisionFeatures
 from mambamia_hf.versions import CACHE_NAME
 
-from .evaluate import load, worker_pool
+from .evaluate import load
 from .looks import Look, Looks
-from .remembered_videos import (
-    FIRST_SEED,
-    STILLS_PER_SEED,
-    RememberedStill,
-    RememberedVideo,
-    remember,
-    remember_stills,
-)
+from .seen_videos import STILLS_PER_SEED, SeenStill, SeenVideo, see_stills, seen_videos
+from .training_data import FIRST_LONG_VIDEO
 
 
-FRAMES_PER_STEP = 192  # at least
-FEWEST_FRAMES, MOST_FRAMES = 32, 384  # kept of a video at first, and after GROWTH of the training
-GROWTH = 0.5
+FRAMES_PER_STEP = 128  # per process, at least
+FEWEST_FRAMES, MOST_FRAMES = 32, 384  # of a video at first, and after GROWTH of the training, at most
+GROWTH = 0.4
 AVERAGED_STEPS = 300
 WARMUP_STEPS = 50
 LOGGING_STEPS = 100
 STATE = "training_state.pt"
 
 
+def rank() -> int:
+    """The number of this process in its group; 0 without one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Gives every process of the group the mean of all gradients, which are 0 where a process has none."""
+    if not distributed.is_initialized():
+        return
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    mean = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(mean)
+    mean /= distributed.get_world_size()
+    for parameter, part in zip(parameters, mean.split([one.numel() for one in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
 def most_frames(progress: float) -> int:
-    """How many frames of a video are kept at most, when this share of the training is done: ever more."""
+    """How many frames a video has at most, when this share of the training is done: ever more."""
     return round(FEWEST_FRAMES * (MOST_FRAMES / FEWEST_FRAMES) ** min(progress / GROWTH, 1.0))
 
 
 class Reader:
-    """A model's language model, and the conversation around a video or a still.
+    """A model behind its vision tower, and the conversation around a video or a still.
 
     Args:
         model: in evaluation mode.
@@ -67,17 +78,20 @@ class Reader:
         self.processor = processor
 
     def answers(self, look: Look) -> tuple[Tensor, Tensor, Tensor]:
-        """What the language model says to all questions of a look, given the tokens before.
+        """What the model says to all questions of a look, given the tokens before.
 
         Returns:
             The logits `(num_tokens, vocab_size)` of the tokens of all answers, one after the other, these tokens
             `(num_tokens,)`, and the number of the question that each belongs to `(num_tokens,)`.
         """
         config, embed = self.model.config, self.model.get_input_embeddings()
-        medium, frames = "image", look.tokens
+        anchors, deltas = self.model.model.compress(look.features[None])
+        kept = look.kept(deltas[0].detach())
+        medium, frames = "image", self.model.model.project(anchors[0, kept])
         if look.times is not None:
-            digits = torch.tensor(time_ids(look.times, config.frame_time_format, config.time_token_ids))
-            medium, frames = "video", torch.cat([embed(digits), look.tokens], dim=1)
+            times = [look.times[frame] for frame in kept]
+            digits = torch.tensor(time_ids(times, config.frame_time_format, config.time_token_ids))
+            medium, frames = "video", torch.cat([embed(digits), frames], dim=1)
         prompts = [self._prompt(medium, asked.question) for asked in look.asked]
         video = torch.cat([embed(torch.tensor(prompts[0][0])), frames.flatten(0, 1)])
         cache = DynamicCache()
@@ -117,7 +131,7 @@ class Reader:
 
 
 class Training:
-    """The steps of a training, whose state is kept in a folder.
+    """The steps of a training, whose state is kept in a folder; each process of a group has one.
 
     Args:
         model, processor: what learns.
@@ -131,8 +145,8 @@ class Training:
         self,
         model: MambaMiaForConditionalGeneration,
         processor: MambaMiaProcessor,
-        videos: Sequence[RememberedVideo],
-        stills: Sequence[RememberedStill],
+        videos: Sequence[SeenVideo],
+        stills: Sequence[SeenStill],
         folder: Path,
         max_steps: int,
         learning_rate: float,
@@ -141,9 +155,8 @@ class Training:
         self.reader = Reader(model, processor)
         self.folder = folder
         self.max_steps = max_steps
-        model.requires_grad_(False)
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
+        model.requires_grad_(True)
+        model.model.vision_tower.requires_grad_(False)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, WARMUP_STEPS, max_steps)
@@ -151,7 +164,7 @@ class Training:
         self.step = 0
         if (folder / STATE).exists():
             self._restore()
-        self.looks = Looks(videos, stills, random.Random(f"after {self.step} steps"))
+        self.looks = Looks(videos, stills, random.Random(f"after {self.step} steps, process {rank()}"))
 
     def run(self, save_steps: int) -> None:
         """All steps that are left; prints now and then the share of right answers of each kind."""
@@ -160,6 +173,8 @@ class Training:
             for kind, is_right in self.take_step():
                 all_asked[kind] += 1
                 right[kind] += is_right
+            if rank() > 0:
+                continue
             if self.step % LOGGING_STEPS == 0:
                 shares = {kind: round(right[kind] / count, 3) for kind, count in sorted(all_asked.items())}
                 print(json.dumps({"step": self.step} | shares), flush=True)
@@ -177,8 +192,9 @@ class Training:
             losses.append(nn.functional.cross_entropy(logits, tokens))
             wrong = set(number[logits.argmax(dim=-1) != tokens].tolist())
             answered += [(asked.kind, which not in wrong) for which, asked in enumerate(look.asked)]
-            num_frames += len(look.tokens)
+            num_frames += len(look.features)
         torch.stack(losses).mean().backward()
+        average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
@@ -213,30 +229,27 @@ class Training:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint to start from")
-    parser.add_argument("--memories", type=Path, required=True, help="folder for what it remembers of videos")
+    parser.add_argument("--features", type=Path, required=True, help="folder with its features of long videos")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--num_videos", type=int, default=1000)
-    parser.add_argument("--num_stills", type=int, default=2000)
-    parser.add_argument("--max_steps", type=int, default=4000)
-    parser.add_argument("--learning_rate", type=float, default=8e-4)
+    parser.add_argument("--num_stills", type=int, default=800)
+    parser.add_argument("--max_steps", type=int, default=6500)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--save_steps", type=int, default=250)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that look at videos")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    options.memories.mkdir(parents=True, exist_ok=True)
-    seeds = range(FIRST_SEED, FIRST_SEED + options.num_videos)
-    with worker_pool(options.workers) as pool:
-        jobs = pool.map(partial(remember, options.model, options.memories), seeds)
-        list(tqdm(jobs, total=len(seeds), unit="video"))
+    if "RANK" in os.environ:  # as `torch.distributed.run` sets it
+        distributed.init_process_group("gloo")
     model, processor = load(options.model)
-    videos = [RememberedVideo.load(model, options.memories, seed) for seed in seeds]
-    seeds = range(FIRST_SEED, FIRST_SEED + options.num_stills // STILLS_PER_SEED)
-    stills = [still for seed in seeds for still in remember_stills(model, processor, seed)]
+    videos = seen_videos(VisionFeatures(options.features, MediaReader(processor).settings(model)))
+    seeds = range(FIRST_LONG_VIDEO, FIRST_LONG_VIDEO + options.num_stills // STILLS_PER_SEED)
+    stills = [still for seed in seeds for still in see_stills(model, processor, seed)]
     training = Training(model, processor, videos, stills, options.output, options.max_steps, options.learning_rate)
     training.run(options.save_steps)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

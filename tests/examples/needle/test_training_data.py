@@ -2,6 +2,7 @@ import json
 from collections import Counter
 
 import av
+from needle import training_data
 from needle.plan import TASKS, plan_video
 from needle.questions import needle_questions
 from needle.training_data import RECORDS, main
@@ -67,6 +68,12 @@ def test_clips(tmp_path):
     records = read(tmp_path)
     assert {record["length"] for record in records} <= {6, 8}
     assert {record["task"] for record in records} == {"retrieval", "when", "nothing"}
+
+
+def test_long_videos_have_seeds_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_data, "LONG_VIDEO_FRAMES", (16,))
+    main(["long_videos", "--output", str(tmp_path), "--count", "2"])
+    assert {record["video"]: record["length"] for record in read(tmp_path)} == {"100000.mp4": 16, "100001.mp4": 16}
 
 
 def test_test_videos(tmp_path):
