@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from mambamia_hf import MambaMiaCompressor
+from mambamia_hf.modeling_compressor import MambaMiaMamba2SSM
 
 
 pytestmark = [
@@ -54,6 +55,31 @@ def test_one_graph_is_compiled_for_all_lengths(config, learns):
         for part in features:
             check_equal(compiled(part), compressor(part))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_scans_are_operators_unless_something_learns(learns):
+    """A compiled graph runs the engines; their gradient is that of the steps of a scan, spelt out."""
+    compressor, (features, *_) = compressor_and_features(LENGTHS)
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compressor, backend=keep, fullgraph=True, dynamic=True)
+    gradients = []
+    with torch.set_grad_enabled(learns):
+        for run in (compiled, compressor):
+            result = run(features).last_hidden_state
+            if learns:
+                gradients.append(torch.autograd.grad(result.sum(), list(compressor.parameters())))
+    (graph,) = graphs
+    scans = [node for node in graph.graph.nodes if node.op == "call_function" and "chunk_scan" in str(node.target)]
+    assert len(scans) == (0 if learns else sum(isinstance(part, MambaMiaMamba2SSM) for part in compressor.modules()))
+    for found, expected in zip(*gradients, strict=True) if learns else ():
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("config", VARIANTS)

@@ -232,7 +232,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, required=True, help="folder with its features of long videos")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--num_stills", type=int, default=800)
-    parser.add_argument("--max_steps", type=int, default=6500)
+    parser.add_argument("--max_steps", type=int, default=5200)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--save_steps", type=int, default=250)
     return parser.parse_args(arguments)

@@ -4,12 +4,13 @@ Every call picks its engine by the device and the type of the tensors. In bfloat
 are the Triton kernels of `ssd_triton.py` and, where nothing needs a gradient, of `mixer_triton.py`. On a GPU where
 these do not run, and for the gradient of the convolution, they are the official kernels where these can be imported
 (`mamba-ssm` and `causal-conv1d`, installed or from the Hub). Everywhere else it is PyTorch: `ssd_cpu.py` and
-`ssd_gpu.py` compute what `ssd_reference` below says, faster. Under `torch.compile` and `torch.export` `ssd_reference`
-itself runs, as one graph.
+`ssd_gpu.py` compute what `ssd_reference` below says, faster. Under `torch.compile` these engines are one operator of
+the graph. `torch.export` and the gradient of a compiled model get `ssd_reference` itself, spelt out in the graph.
 
 Letters in the shapes: b batch, l length, h heads, p head size, g groups, n state size, c chunks, q tokens of a chunk.
 """
 
+import re
 from functools import partial
 
 import torch
@@ -347,16 +348,58 @@ def _torch_chunk_scan(
     skip = D if D is not None and D.dim() == 1 else torch.zeros_like(A)
     states = _states(x, B, initial_states, dtype)
     arguments = (x, delta, A.to(dtype), B, C, skip.to(dtype), states)
-    if torch.compiler.is_compiling():
+    if _is_spelt_out(*arguments):
         y, final_states = ssd_reference(*arguments, min(chunk_size, _REFERENCE_CHUNK_SIZE))
-    elif _has_triton(x):
-        y, final_states = triton_chunk_scan(*arguments, reverse)
+    elif torch.compiler.is_compiling():
+        y, final_states = _engine_operator(*arguments, chunk_size)
     else:
-        scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
-        y, final_states = scan(*arguments, chunk_size)
+        y, final_states = _run_engine(*arguments, chunk_size, reverse)
     if D is not None and D.dim() == 2:
         y = y + (x * D).to(y.dtype)
     return (y, final_states) if return_final_states else y
+
+
+def _is_spelt_out(*inputs: Tensor) -> bool:
+    """Whether a graph is made that has to show what a scan does: to export it, or for its gradient."""
+    if not torch.compiler.is_compiling():
+        return False
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # before 2.7 nobody can tell
+    return is_exporting() or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
+def _run_engine(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    states: Tensor,
+    chunk_size: int,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_reference` as fast as this device can; `reverse` with the Triton kernels alone."""
+    if _has_triton(x):
+        return triton_chunk_scan(x, delta, A, B, C, D, states, reverse)
+    scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
+    return scan(x, delta, A, B, C, D, states, chunk_size)
+
+
+# Named after the module, of which a model from the Hub has one of its own, in whatever folder it lies.
+@torch.library.custom_op(re.sub(r"\W", "_", __name__, flags=re.ASCII) + "::chunk_scan", mutates_args=())
+def _engine_operator(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`_run_engine` as one operator of a graph."""
+    y, final_states = _run_engine(x, delta, A, B, C, D, states, chunk_size)
+    return y.contiguous(), final_states.contiguous()
+
+
+@_engine_operator.register_fake
+def _(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), states.new_empty(states.shape)
 
 
 def _has_kernels(x: Tensor) -> bool:
