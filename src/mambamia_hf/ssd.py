@@ -353,7 +353,7 @@ def _torch_chunk_scan(
     elif torch.compiler.is_compiling():
         y, final_states = _engine_operator(*arguments, chunk_size)
     else:
-        y, final_states = _run_engine(*arguments, chunk_size, reverse)
+        y, final_states = _run_engine(arguments, chunk_size, reverse)
     if D is not None and D.dim() == 2:
         y = y + (x * D).to(y.dtype)
     return (y, final_states) if return_final_states else y
@@ -368,21 +368,14 @@ def _is_spelt_out(*inputs: Tensor) -> bool:
 
 
 def _run_engine(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    states: Tensor,
-    chunk_size: int,
-    reverse: bool = False,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], chunk_size: int, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_reference` as fast as this device can; `reverse` with the Triton kernels alone."""
-    if _has_triton(x):
-        return triton_chunk_scan(x, delta, A, B, C, D, states, reverse)
-    scan = gpu_chunk_scan if x.is_cuda else cpu_chunk_scan
-    return scan(x, delta, A, B, C, D, states, chunk_size)
+    """`ssd_reference` of x, Δ, A, B, C, D and states, as fast as this device can; `reverse` with the Triton kernels
+    alone."""
+    if _has_triton(tensors[0]):
+        return triton_chunk_scan(*tensors, reverse)
+    scan = gpu_chunk_scan if tensors[0].is_cuda else cpu_chunk_scan
+    return scan(*tensors, chunk_size)
 
 
 # Named after the module, of which a model from the Hub has one of its own, in whatever folder it lies.
@@ -391,7 +384,7 @@ def _engine_operator(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """`_run_engine` as one operator of a graph."""
-    y, final_states = _run_engine(x, delta, A, B, C, D, states, chunk_size)
+    y, final_states = _run_engine((x, delta, A, B, C, D, states), chunk_size)
     return y.contiguous(), final_states.contiguous()
 
 
