@@ -30,8 +30,27 @@ class Asked:
 def ask_about_video(video: NeedleVideo, rng: Random) -> list[Asked]:
     """Questions about a video in random order, half of the time that of its task first: later ones may name what
     appears, so only the first has to be answered from the video alone."""
+    first, others = ask_task(video, rng), ask_others(video, rng)
+    others.insert(0 if rng.random() < 0.5 else rng.randrange(len(others) + 1), first)
+    return others
+
+
+def ask_task(video: NeedleVideo, rng: Random) -> Asked:
+    """The question of the video's task, with its options three times out of four; where it is "when", which names the
+    symbol, what appears."""
+    if video.task == "when":
+        video = replace(video, task="retrieval")
+    question = task_question(video, rng.randrange(10**9))
+    if rng.random() < 0.75:
+        return Asked(video.task, question.prompt, question.answer)
+    if video.task in ("retrieval", "nothing"):
+        return _ask_what(video, rng)
+    return Asked(f"open {video.task}", question.text, question.answer)
+
+
+def ask_others(video: NeedleVideo, rng: Random) -> list[Asked]:
+    """All other questions about a video, in random order."""
     values = sorted({needle.value for needle in video.needles})
-    first = _ask_task(replace(video, task="retrieval") if video.task == "when" else video, rng)
     others = []
     if video.task == "counting":
         others.append(_ask_what(video, rng))
@@ -43,7 +62,6 @@ def ask_about_video(video: NeedleVideo, rng: Random) -> list[Asked]:
     missing = [_no_time, _no_colour, _no_count]
     others += [ask(values, rng) for ask in (rng.sample(missing, rng.randrange(2)) if values else missing)]
     rng.shuffle(others)
-    others.insert(0 if rng.random() < 0.5 else rng.randrange(len(others) + 1), first)
     return others
 
 
@@ -53,16 +71,6 @@ def ask_about_still(needle: Needle | None, rng: Random) -> Asked:
         return Asked("open still", *rng.choice(needle_questions(needle, "image")))
     question = needle_multiple_choice(needle, "image", rng.randrange(10**9))
     return Asked("still", question.prompt, question.answer)
-
-
-def _ask_task(video: NeedleVideo, rng: Random) -> Asked:
-    """The question of the video's task, with its options three times out of four."""
-    question = task_question(video, rng.randrange(10**9))
-    if rng.random() < 0.75:
-        return Asked(video.task, question.prompt, question.answer)
-    if video.task in ("retrieval", "nothing"):
-        return _ask_what(video, rng)
-    return Asked(f"open {video.task}", question.text, question.answer)
 
 
 def _ask_what(video: NeedleVideo, rng: Random) -> Asked:

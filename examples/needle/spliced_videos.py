@@ -13,11 +13,10 @@ import torch
 
 from .plan import MAX_COUNT, NUM_ORDERED, Needle, NeedleVideo
 from .seen_videos import SeenVideo
-from .training_data import LONG_VIDEO_FRAMES
 
 
 # How often a video is of each task. Ordering and counting take longest to learn.
-TASK_WEIGHTS = {"retrieval": 2, "when": 2, "ordering": 3, "counting": 4, "nothing": 1}
+TASK_WEIGHTS = {"retrieval": 1, "when": 2, "ordering": 4, "counting": 5, "nothing": 1}
 # Frames of a window before and after its needle, at most.
 BEFORE, AFTER = 4, 8
 # Frames of a quiet stretch that others are cut from, at least, and of what is cut, at most.
@@ -81,12 +80,11 @@ class Splicer:
         needed = {"nothing": 0, "ordering": NUM_ORDERED}  # symbols
         self.tasks = {task: weight for task, weight in TASK_WEIGHTS.items() if needed.get(task, 1) <= len(self.sights)}
 
-    def draw(self, rng: Random, most_frames: int) -> SeenVideo:
-        """A video of a random length of about `most_frames` at most, of a random task for which there are symbols."""
+    def draw(self, rng: Random, num_frames: int) -> SeenVideo:
+        """A video of `num_frames`, or more where windows need more, of a random task for which there are symbols."""
         (task,) = rng.choices(list(self.tasks), list(self.tasks.values()))
         sights = [rng.choice(self.sights[value]) for value in self._random_values(task, rng)]
         windows = [self._window(sight, rng) for sight in sights]
-        num_frames = min(rng.choice(LONG_VIDEO_FRAMES), most_frames)
         num_quiet = max(num_frames - sum(map(len, windows)), len(windows) + 1)
         cuts = sorted(rng.sample(range(1, num_quiet), len(windows)))  # something quiet is around every window
         gaps = [stop - start for start, stop in zip([0, *cuts], [*cuts, num_quiet], strict=True)]

@@ -12,10 +12,11 @@ goes on where the first stopped. For a model of this size, two processes are fas
 import argparse
 import json
 import os
-import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -30,6 +31,7 @@ from mambamia_hf.versions import CACHE_NAME
 
 from .evaluate import load
 from .looks import Look, Looks
+from .plan import MAX_COUNT
 from .seen_videos import STILLS_PER_SEED, SeenStill, SeenVideo, see_stills, seen_videos
 from .training_data import FIRST_LONG_VIDEO
 
@@ -65,6 +67,22 @@ def most_frames(progress: float) -> int:
     return round(FEWEST_FRAMES * (MOST_FRAMES / FEWEST_FRAMES) ** min(progress / GROWTH, 1.0))
 
 
+class Reading(NamedTuple):
+    """What a model makes of a look.
+
+    Args:
+        anchors: of all frames, `(num_frames, anchors_per_frame, output_size)`.
+        logits: given the tokens before, of the tokens of all answers, one after the other, `(num_tokens, vocab_size)`.
+        tokens: these tokens, `(num_tokens,)`.
+        number: of the question that each belongs to, `(num_tokens,)`.
+    """
+
+    anchors: Tensor
+    logits: Tensor
+    tokens: Tensor
+    number: Tensor
+
+
 class Reader:
     """A model behind its vision tower, and the conversation around a video or a still.
 
@@ -77,13 +95,8 @@ class Reader:
         self.model = model
         self.processor = processor
 
-    def answers(self, look: Look) -> tuple[Tensor, Tensor, Tensor]:
-        """What the model says to all questions of a look, given the tokens before.
-
-        Returns:
-            The logits `(num_tokens, vocab_size)` of the tokens of all answers, one after the other, these tokens
-            `(num_tokens,)`, and the number of the question that each belongs to `(num_tokens,)`.
-        """
+    def read(self, look: Look) -> Reading:
+        """What the model makes of a look and says to all questions about it."""
         config, embed = self.model.config, self.model.get_input_embeddings()
         anchors, deltas = self.model.model.compress(look.features[None])
         kept = look.kept(deltas[0].detach())
@@ -116,7 +129,7 @@ class Reader:
             end - back - 1 for end, answer in zip(ends, answers, strict=True) for back in range(len(answer), 0, -1)
         ]
         tokens = torch.tensor([token for answer in answers for token in answer])
-        return self.model.lm_head(states[places]), tokens, number[places]
+        return Reading(anchors[0], self.model.lm_head(states[places]), tokens, number[places])
 
     def _prompt(self, medium: str, question: str) -> tuple[list[int], list[int]]:
         """The tokens before a "video" or an "image" and after it."""
@@ -153,18 +166,21 @@ class Training:
     ):
         self.model, self.processor = model, processor
         self.reader = Reader(model, processor)
+        self.looks = Looks(videos, stills)
         self.folder = folder
         self.max_steps = max_steps
         model.requires_grad_(True)
         model.model.vision_tower.requires_grad_(False)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Reads off the anchors how many needles have appeared so far; it is not part of the model.
+        self.counter = nn.Linear(model.config.compressor_config.output_size, MAX_COUNT + 1)
+        learning = [*model.parameters(), *self.counter.parameters()]
+        self.parameters = [parameter for parameter in learning if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, WARMUP_STEPS, max_steps)
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / AVERAGED_STEPS))
         self.step = 0
         if (folder / STATE).exists():
             self._restore()
-        self.looks = Looks(videos, stills, random.Random(f"after {self.step} steps, process {rank()}"))
 
     def run(self, save_steps: int) -> None:
         """All steps that are left; prints now and then the share of right answers of each kind."""
@@ -186,12 +202,13 @@ class Training:
         """Returns the kind of each question, and whether the answer was right."""
         num_frames, losses, answered = 0, [], []
         most = most_frames(self.step / self.max_steps)
+        # Processes wait for each other after each step: all read as many frames.
+        rng, sizes = Random(f"step {self.step}, process {rank()}"), Random(f"step {self.step}")
         while num_frames < FRAMES_PER_STEP:
-            look = self.looks.draw(most)
-            logits, tokens, number = self.reader.answers(look)
-            losses.append(nn.functional.cross_entropy(logits, tokens))
-            wrong = set(number[logits.argmax(dim=-1) != tokens].tolist())
-            answered += [(asked.kind, which not in wrong) for which, asked in enumerate(look.asked)]
+            look = self.looks.draw(rng, sizes, most)
+            loss, right = self._learn_from(look)
+            losses.append(loss)
+            answered += right
             num_frames += len(look.features)
         torch.stack(losses).mean().backward()
         average_gradients(self.parameters)
@@ -202,6 +219,22 @@ class Training:
         self.averaged.update_parameters(self.model)
         self.step += 1
         return answered
+
+    def _learn_from(self, look: Look) -> tuple[Tensor, list[tuple[str, bool]]]:
+        """The loss of a look, and the kind of each question with whether the answer was right.
+
+        The loss of a video is that of its answers and of a count: how many needles have appeared up to each frame. An
+        answer alone says little about what went wrong on the way to it.
+        """
+        reading = self.reader.read(look)
+        loss = nn.functional.cross_entropy(reading.logits, reading.tokens)
+        wrong = set(reading.number[reading.logits.argmax(dim=-1) != reading.tokens].tolist())
+        answered = [(asked.kind, which not in wrong) for which, asked in enumerate(look.asked)]
+        if look.times is not None:
+            counts, num_appeared = self.counter(reading.anchors.mean(dim=1)), look.num_appeared
+            loss = loss + nn.functional.cross_entropy(counts, num_appeared)
+            answered.append(("appeared", bool(counts[-1].argmax() == num_appeared[-1])))
+        return loss, answered
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -221,6 +254,7 @@ class Training:
         return {
             "model": self.model,
             "averaged": self.averaged,
+            "counter": self.counter,
             "optimizer": self.optimizer,
             "schedule": self.schedule,
         }
@@ -232,8 +266,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, required=True, help="folder with its features of long videos")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--num_stills", type=int, default=800)
-    parser.add_argument("--max_steps", type=int, default=5200)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--max_steps", type=int, default=7500)
+    parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--save_steps", type=int, default=250)
     return parser.parse_args(arguments)
 
@@ -242,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if "RANK" in os.environ:  # as `torch.distributed.run` sets it
         distributed.init_process_group("gloo")
+    torch.manual_seed(0)  # all processes start with the same weights
     model, processor = load(options.model)
     videos = seen_videos(VisionFeatures(options.features, MediaReader(processor).settings(model)))
     seeds = range(FIRST_LONG_VIDEO, FIRST_LONG_VIDEO + options.num_stills // STILLS_PER_SEED)

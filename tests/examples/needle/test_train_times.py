@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_questions_that_share_a_still_are_answered_as_alone(model_and_processor)
 
 def check_answers(model, processor, look: Look, medium: dict) -> None:
     with torch.no_grad():
-        logits, tokens, number = Reader(model, processor).answers(look)
+        _, logits, tokens, number = Reader(model, processor).read(look)
     assert logits.shape == (len(tokens), model.config.text_config.vocab_size)
     for which, (question, answer) in enumerate(QUESTIONS):
         conversation = [{"role": "user", "content": [medium, {"type": "text", "text": question}]}]
@@ -120,6 +121,25 @@ def test_the_command_goes_on_where_it_stopped(arguments, monkeypatch):
     monkeypatch.setattr(Training, "take_step", lambda self: steps.append(self.step) or take_step(self))
     main([*arguments, "--max_steps", "3"])
     assert steps == [2]
+
+
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    videos = [seen(make_video("ordering", num_frames=16, seed=seed)) for seed in range(3)]
+    beginning, ends = deepcopy(model.state_dict()), []
+    for stops in ([3], [2, 3]):
+        torch.manual_seed(0)
+        folder = tmp_path / f"{len(stops)} parts"
+        for stop in stops:
+            training = Training(model, processor, videos, [], folder, max_steps=3, learning_rate=1e-3)
+            while training.step < stop:
+                training.take_step()
+            training.save()
+            model.load_state_dict(beginning)
+        ends.append(torch.load(folder / STATE))
+    assert ends[0]["step"] == ends[1]["step"] == 3
+    for part in ("model", "averaged", "counter"):
+        torch.testing.assert_close(ends[1][part], ends[0][part])
 
 
 def test_two_processes_learn_from_the_mean_of_their_gradients(tmp_path):
