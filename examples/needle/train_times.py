@@ -186,11 +186,12 @@ class Training:
         """All steps that are left; prints now and then the share of right answers of each kind."""
         right, all_asked = Counter(), Counter()
         while self.step < self.max_steps:
-            for kind, is_right in self.take_step():
-                all_asked[kind] += 1
-                right[kind] += is_right
+            answered = self.take_step()
             if rank() > 0:
                 continue
+            for kind, is_right in answered:
+                all_asked[kind] += 1
+                right[kind] += is_right
             if self.step % LOGGING_STEPS == 0:
                 shares = {kind: round(right[kind] / count, 3) for kind, count in sorted(all_asked.items())}
                 print(json.dumps({"step": self.step} | shares), flush=True)

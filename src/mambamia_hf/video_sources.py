@@ -18,6 +18,7 @@ from huggingface_hub.utils import httpx
 from PIL import Image
 
 from .files import locked_folder
+from .inputs import STANDARD_INPUT
 from .messages import printable, without_secrets
 
 
@@ -159,7 +160,7 @@ def _file_at(location: str | bytes, limits: VideoLimits) -> Iterator[tuple[str, 
             return
         location = local_path(location)
     name = f"'{printable(location)}'"
-    if location == "-":
+    if location == STANDARD_INPUT:
         check_standard_input()
         with _temporary_copy(_blocks(sys.stdin.buffer), "The standard input", limits) as path:
             yield path, "The standard input"
