@@ -59,4 +59,4 @@ train long_video video videos "${TWELVE_VIDEOS[@]}" --max_steps 500 --learning_r
 # At last compressor and language model learn to read whole hours, most of them put together from frames of others, and
 # not to forget stills.
 python -m torch.distributed.run --nproc_per_node 2 -m needle.train_times --model "$OUT/long_video" \
-    --features "$OUT/features/long_videos" --output "$OUT/times" --max_steps 7500
+    --features "$OUT/features/long_videos" --output "$OUT/times" --max_steps 5500

@@ -5,8 +5,9 @@
 
 `needle.training_data` writes `long_videos`, and `mambamia_hf.training.features` their features. In a step every
 process reads one long video or a few shorter ones, with stills in between, once for all questions about it: a question
-sees the video and itself. What is written is the average of the weights of the last few hundred steps. A second call
-goes on where the first stopped. For a model of this size, two processes are faster than two threads.
+sees the video and itself. Beside the answers, the anchors of every frame have to tell how many needles have appeared
+so far. What is written is the average of the weights of the last few hundred steps. A second call goes on where the
+first stopped. For a model of this size, two processes are faster than two threads.
 """
 
 import argparse
@@ -203,13 +204,13 @@ class Training:
         """Returns the kind of each question, and whether the answer was right."""
         num_frames, losses, answered = 0, [], []
         most = most_frames(self.step / self.max_steps)
-        # Processes wait for each other after each step: all read as many frames.
+        # Processes wait for each other after each step: all read about as many frames.
         rng, sizes = Random(f"step {self.step}, process {rank()}"), Random(f"step {self.step}")
         while num_frames < FRAMES_PER_STEP:
             look = self.looks.draw(rng, sizes, most)
-            loss, right = self._learn_from(look)
+            loss, answers = self._loss(look)
             losses.append(loss)
-            answered += right
+            answered += answers
             num_frames += len(look.features)
         torch.stack(losses).mean().backward()
         average_gradients(self.parameters)
@@ -221,7 +222,7 @@ class Training:
         self.step += 1
         return answered
 
-    def _learn_from(self, look: Look) -> tuple[Tensor, list[tuple[str, bool]]]:
+    def _loss(self, look: Look) -> tuple[Tensor, list[tuple[str, bool]]]:
         """The loss of a look, and the kind of each question with whether the answer was right.
 
         The loss of a video is that of its answers and of a count: how many needles have appeared up to each frame. An
@@ -267,7 +268,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, required=True, help="folder with its features of long videos")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--num_stills", type=int, default=800)
-    parser.add_argument("--max_steps", type=int, default=7500)
+    parser.add_argument("--max_steps", type=int, default=5500)
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--save_steps", type=int, default=250)
     return parser.parse_args(arguments)
