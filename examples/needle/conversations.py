@@ -36,8 +36,8 @@ def ask_about_video(video: NeedleVideo, rng: Random) -> list[Asked]:
 
 
 def ask_task(video: NeedleVideo, rng: Random) -> Asked:
-    """The question of the video's task, with its options three times out of four; where it is "when", which names the
-    symbol, what appears."""
+    """The question of the video's task, with its options three times out of four. "When" would name the symbol, so
+    what appears is asked in its place."""
     if video.task == "when":
         video = replace(video, task="retrieval")
     question = task_question(video, rng.randrange(10**9))
